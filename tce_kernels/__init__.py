@@ -1,0 +1,17 @@
+"""Truncated, focal and plain cross-entropy for large vocabularies."""
+
+from . import reference
+from .functional import focal_cross_entropy, truncated_cross_entropy
+from .modules import FocalCrossEntropyLoss, TruncatedCrossEntropyLoss
+from .stats import LossStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FocalCrossEntropyLoss",
+    "LossStats",
+    "TruncatedCrossEntropyLoss",
+    "focal_cross_entropy",
+    "reference",
+    "truncated_cross_entropy",
+]

@@ -1,0 +1,59 @@
+"""What a loss can say about its tokens from the same pass."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+# What the kernels keep of each row: the fields of `rows` (6, ...), for backward and for the statistics.
+LOG_PROB, LSE, COEF, ROW_MAX, SUM_EXP, CORRECT = range(6)
+N_FIELDS = 6
+
+
+class LossStats(NamedTuple):
+    """Statistics of one call, detached and on the device of the logits; reading a value is what synchronises.
+
+    Per row, in the shape of the target:
+        log_prob: log-probability of the target, float32 (float64 for float64 logits); 0 for ignored rows.
+        lse: logsumexp of the logits after scale and softcap, dtype as log_prob; 0 for ignored rows.
+        kept: bool, the rows that have a gradient: not truncated, not ignored, not of zero weight.
+        correct: bool, the target's logit is the largest of its row; False for ignored rows.
+        valid: bool, the rows that are not ignored.
+    0-d int64:
+        n_valid, n_kept: how many rows are valid, and kept.
+    """
+
+    log_prob: Tensor
+    lse: Tensor
+    kept: Tensor
+    correct: Tensor
+    valid: Tensor
+    n_valid: Tensor
+    n_kept: Tensor
+
+    @property
+    def truncated_fraction(self) -> Tensor:
+        """Share of the valid rows that were dropped; 0 if no row is valid."""
+        return (self.n_valid - self.n_kept) / self.n_valid.clamp(min=1)
+
+    @property
+    def accuracy(self) -> Tensor:
+        """Share of the valid rows whose target has the largest logit; 0 if no row is valid."""
+        return self.correct.sum() / self.n_valid.clamp(min=1)
+
+    @property
+    def mean_confidence(self) -> Tensor:
+        """Mean probability of the target over the valid rows; 0 if no row is valid."""
+        return self.log_prob.exp().where(self.valid, 0).sum() / self.n_valid.clamp(min=1)
+
+
+def from_rows(rows: Tensor, valid: Tensor) -> LossStats:
+    kept = rows[COEF] != 0
+    return LossStats(
+        log_prob=rows[LOG_PROB],
+        lse=rows[LSE],
+        kept=kept,
+        correct=rows[CORRECT] != 0,
+        valid=valid,
+        n_valid=valid.sum(),
+        n_kept=kept.sum(),
+    )
