@@ -93,7 +93,7 @@ def row_loss(
 
 
 @row_loss.register_fake
-def _(logits, target, row_scale, *_):
+def _(logits, target, *_):
     dtype = compute_dtype(logits.dtype)
     return logits.new_empty(target.shape, dtype=dtype), logits.new_empty((N_FIELDS, *target.shape), dtype=dtype)
 
@@ -116,7 +116,7 @@ def loss_and_dlogits(
     ignore_index: int, z_loss: float, label_smoothing: float, softcap: Optional[float], logit_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`row_loss`, and `dlogits` for an upstream gradient of 1, in one pass over memory."""
+    """Sum of the losses [] and rows (6, ...) as of `row_loss`, and `dlogits` for an upstream gradient of 1, in one pass."""
     if backend == "torch":
         _check_target(target, logits.shape[-1], ignore_index)
     loss, rows = _backend(backend, logits).loss_and_dlogits(
@@ -124,13 +124,13 @@ def loss_and_dlogits(
         ignore_index=ignore_index, z_loss=z_loss, label_smoothing=label_smoothing, softcap=softcap,
         logit_scale=logit_scale,
     )  # fmt: skip
-    return loss.view(target.shape), rows.view(N_FIELDS, *target.shape)
+    return loss.sum(), rows.view(N_FIELDS, *target.shape)
 
 
 @loss_and_dlogits.register_fake
-def _(logits, target, row_scale, param, out, *_):
+def _(logits, target, *_):
     dtype = compute_dtype(logits.dtype)
-    return logits.new_empty(target.shape, dtype=dtype), logits.new_empty((N_FIELDS, *target.shape), dtype=dtype)
+    return logits.new_empty((), dtype=dtype), logits.new_empty((N_FIELDS, *target.shape), dtype=dtype)
 
 
 @custom_op("tce_kernels::scale_", mutates_args={"dlogits"})
@@ -139,8 +139,20 @@ def scale_(dlogits: Tensor, factor: Tensor, backend: str) -> None:
     _backend(backend, dlogits).scale_(as_rows(dlogits), factor)
 
 
+class _Anchor(torch.autograd.Function):
+    """logits -> a tensor without elements that is connected to them, yet does not keep their memory."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        return logits.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, _):
+        return None
+
+
 class _RefuseDoubleBackward(torch.autograd.Function):
-    """Identity on a gradient. The anchor requires grad, so that differentiating the gradient always gets here."""
+    """Identity on a gradient; the anchor leads whoever differentiates the gradient here."""
 
     @staticmethod
     def forward(ctx, gradient, anchor, backend):
@@ -152,10 +164,9 @@ class _RefuseDoubleBackward(torch.autograd.Function):
         raise RuntimeError(DOUBLE_BACKWARD.format(ctx.backend))
 
 
-def _hand_out(gradient: Tensor, backend: str) -> Tensor:
+def _hand_out(gradient: Tensor, anchor: Optional[Tensor], backend: str) -> Tensor:
     """A gradient that says so if somebody differentiates it; a compiled graph refuses that by itself."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        anchor = torch.zeros((), device=gradient.device, requires_grad=True)
+    if anchor is not None and torch.is_grad_enabled():
         return _RefuseDoubleBackward.apply(gradient, anchor, backend)
     return gradient
 
@@ -164,12 +175,18 @@ def _empty_like(logits: Tensor) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
+def differentiable(function, logits: Tensor, *arguments):
+    """function.apply, for the two functions below."""
+    anchor = None if torch.compiler.is_compiling() else _Anchor.apply(logits)
+    return function.apply(logits, anchor, *arguments)
+
+
 class LossAndGradient(torch.autograd.Function):
     """Sum of the losses [] and rows (6, ...); the gradient is made in forward."""
 
     @staticmethod
     def forward(
-        ctx, logits, target, row_scale, param, rule, alpha, ignore_index, z_loss, label_smoothing, softcap,
+        ctx, logits, anchor, target, row_scale, param, rule, alpha, ignore_index, z_loss, label_smoothing, softcap,
         logit_scale, backend, inplace,
     ):  # fmt: skip
         out = logits.detach() if inplace else _empty_like(logits)
@@ -177,20 +194,20 @@ class LossAndGradient(torch.autograd.Function):
             logits.detach(), target, row_scale, param, out, rule, alpha, ignore_index, z_loss, label_smoothing,
             softcap, logit_scale, backend,
         )  # fmt: skip
-        ctx.save_for_backward(out)
+        ctx.save_for_backward(out, anchor)
         ctx.backend = backend
         ctx.mark_non_differentiable(rows)
-        return loss.sum(), rows
+        return loss, rows
 
     @staticmethod
     def backward(ctx, grad_loss, _):
         try:
-            (out,) = ctx.saved_tensors
+            out, anchor = ctx.saved_tensors
         except RuntimeError as error:
             raise RuntimeError(SECOND_BACKWARD) from error
         with torch.no_grad():
             scale_(out, grad_loss, ctx.backend)
-        return _hand_out(out, ctx.backend), *[None] * 12
+        return _hand_out(out, anchor, ctx.backend), *[None] * 13
 
 
 class RowLoss(torch.autograd.Function):
@@ -198,14 +215,14 @@ class RowLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, logits, target, row_scale, param, rule, alpha, ignore_index, z_loss, label_smoothing, softcap,
+        ctx, logits, anchor, target, row_scale, param, rule, alpha, ignore_index, z_loss, label_smoothing, softcap,
         logit_scale, backend, inplace,
     ):  # fmt: skip
         loss, rows = row_loss(
             logits, target, row_scale, param, rule, alpha, ignore_index, z_loss, label_smoothing, softcap,
             logit_scale, backend,
         )  # fmt: skip
-        ctx.save_for_backward(logits, target, row_scale, rows)
+        ctx.save_for_backward(logits, target, row_scale, rows, anchor)
         ctx.options = z_loss, label_smoothing, softcap, logit_scale, backend
         ctx.inplace = inplace
         ctx.mark_non_differentiable(rows)
@@ -214,7 +231,7 @@ class RowLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _):
         try:
-            logits, target, row_scale, rows = ctx.saved_tensors
+            logits, target, row_scale, rows, anchor = ctx.saved_tensors
         except RuntimeError as error:
             if ctx.inplace:
                 raise RuntimeError(SECOND_BACKWARD) from error
@@ -223,4 +240,4 @@ class RowLoss(torch.autograd.Function):
             logits = logits.detach()
             out = logits if ctx.inplace else _empty_like(logits)
             dlogits(logits, target, grad_loss * row_scale, rows, out, *ctx.options)
-        return _hand_out(out, ctx.options[-1]), *[None] * 12
+        return _hand_out(out, anchor, ctx.options[-1]), *[None] * 13

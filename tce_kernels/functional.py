@@ -177,10 +177,9 @@ def _loss(
     )
     if not (torch.is_grad_enabled() and logits.requires_grad):
         loss, rows = autograd.row_loss(*arguments)
-    elif in_forward:
-        loss, rows = autograd.LossAndGradient.apply(*arguments, inplace)
     else:
-        loss, rows = autograd.RowLoss.apply(*arguments, inplace)
+        function = autograd.LossAndGradient if in_forward else autograd.RowLoss
+        loss, rows = autograd.differentiable(function, *arguments, inplace)
 
     if reduction != "none":
         loss = loss.sum()
