@@ -60,6 +60,11 @@ def as_rows(logits: Tensor) -> Optional[Tensor]:
     return logits.as_strided((outer, inner, V), (stride_outer, stride_inner, 1))
 
 
+def _as_rows_of(logits: Tensor, out: Tensor) -> Tensor:
+    """View a gradient as `as_rows` views its logits: it is contiguous, or it is the logits."""
+    return out.view(as_rows(logits).shape) if out.is_contiguous() else as_rows(out)
+
+
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1)
 
@@ -105,7 +110,7 @@ def dlogits(
 ) -> None:  # fmt: skip
     """Gradient (..., V) for row_grad (...) = upstream gradient * row_scale, to out, which may be the logits."""
     _backend(backend, logits).dlogits(
-        as_rows(logits), _flat(target), _flat(row_grad), rows.flatten(1), as_rows(out),
+        as_rows(logits), _flat(target), _flat(row_grad), rows.flatten(1), _as_rows_of(logits, out),
         z_loss=z_loss, label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale,
     )  # fmt: skip
 
@@ -120,7 +125,7 @@ def loss_and_dlogits(
     if backend == "torch":
         _check_target(target, logits.shape[-1], ignore_index)
     loss, rows = _backend(backend, logits).loss_and_dlogits(
-        as_rows(logits), _flat(target), _flat(row_scale), param, as_rows(out), rule=rule, alpha=alpha,
+        as_rows(logits), _flat(target), _flat(row_scale), param, _as_rows_of(logits, out), rule=rule, alpha=alpha,
         ignore_index=ignore_index, z_loss=z_loss, label_smoothing=label_smoothing, softcap=softcap,
         logit_scale=logit_scale,
     )  # fmt: skip

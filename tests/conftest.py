@@ -1,0 +1,34 @@
+"""The Triton kernels run on the GPU where there is one, and otherwise in Triton's interpreter on the CPU."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read by triton when a kernel is defined, so before any import of it
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def device():
+    return torch.device(DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Uninitialised outputs read as NaN, so that a store which a kernel forgot fails the comparison."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several blocks in every dimension at sizes that the interpreter gets through."""
+    from tce_kernels import kernels, torch_ops
+
+    monkeypatch.setattr(kernels, "BLOCK_V", 64)
+    monkeypatch.setattr(torch_ops, "BLOCK_LOGITS", 256)
