@@ -110,7 +110,7 @@ def dlogits(
 ) -> None:  # fmt: skip
     """Gradient (..., V) for row_grad (...) = upstream gradient * row_scale, to out, which may be the logits."""
     _backend(backend, logits).dlogits(
-        as_rows(logits), _flat(target), _flat(row_grad), rows.flatten(1), _as_rows_of(logits, out),
+        as_rows(logits), _flat(target), _flat(row_grad), rows.reshape(N_FIELDS, -1), _as_rows_of(logits, out),
         z_loss=z_loss, label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale,
     )  # fmt: skip
 

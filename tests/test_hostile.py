@@ -1,0 +1,206 @@
+"""Values, targets and shapes that break cross-entropy kernels."""
+
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from cases import DTYPES, FAST, assert_matches_reference, cross_entropy, focal, loss_and_gradient, make_inputs, truncated
+from hypothesis import HealthCheck, given, settings
+
+import tce_kernels
+
+BACKENDS = ["reference", *FAST]
+N, V = 6, 199
+HOSTILE = [math.inf, -math.inf, math.nan, 3e38, -3e38, 6e4, -6e4, 1e-41, 0.0, -0.0, 88.0, 1e4]
+
+
+def run(logits, target, backend, loss=truncated, **options):
+    return loss_and_gradient(loss, logits, target, backend=backend, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"allow_retain_graph": True}], ids=str)
+@pytest.mark.parametrize("backend", FAST)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(data=st.data())
+def test_any_shape_dtype_options_and_values(backend, options, data, device, small_blocks):
+    """The definition decides, wherever float64 says that the row is finite; rows that are not do not touch others."""
+    N, V = data.draw(st.integers(0, 7)), data.draw(st.integers(1, 150))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    logits, target = make_inputs(max(N, 1), V, dtype, device, seed=data.draw(st.integers(0, 10**6)))
+    logits, target = logits[:N], target[:N].to(data.draw(st.sampled_from([torch.int32, torch.int64])))
+    for _ in range(data.draw(st.integers(0, 4)) if N else 0):
+        row, column = data.draw(st.integers(0, N - 1)), data.draw(st.integers(0, V - 1))
+        logits[row, column] = data.draw(st.sampled_from(HOSTILE))
+    loss, extra = data.draw(
+        st.sampled_from(
+            [(truncated, {}), (truncated, {"label_smoothing": 0.2}), (cross_entropy, {}), (focal, {}), (focal, {"gamma": 0.5})]
+        )
+    )
+    extra = dict(extra, softcap=data.draw(st.sampled_from([None, 7.0])), logit_scale=data.draw(st.sampled_from([1.0, 0.5])))
+
+    value, gradient = run(logits, target, backend, loss, **options, **extra)
+    exact, exact_gradient = run(logits.double(), target, "reference", loss, reduction="none", **extra)
+    finite = (exact.isfinite() & exact_gradient.isfinite().all(-1)) | (target == -100)
+    assert gradient[finite].isfinite().all()
+    assert (gradient[target == -100] == 0).all()
+    # Where |z| is huge, float32 has few digits left for z: only rows of ordinary size are compared closely.
+    ordinary = finite & (logits.nan_to_num(0, 0, 0).abs().amax(-1) < 100) if N else finite
+    if ordinary.any():
+        assert_matches_reference(loss, logits[ordinary], target[ordinary], backend=backend, **options, **extra)
+    if options.get("reduction") == "none":
+        assert value[~finite].isnan().eq(exact[~finite].isnan()).all()
+
+
+@pytest.mark.parametrize("loss", [truncated, cross_entropy, focal])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bad_row_spoils_itself_only(backend, reduction, loss, device, small_blocks):
+    logits, target = make_inputs(N, V, torch.float32, device)
+    target[target == -100] = 3
+    clean = run(logits, target, backend, loss, reduction="none")
+    logits[1] = -math.inf
+    logits[3, 70] = math.inf
+    logits[4, 190] = math.nan
+    bad = torch.tensor([False, True, False, True, True, False], device=device)
+    value, gradient = run(logits, target, backend, loss, reduction=reduction)
+    assert value.isnan().all() if reduction == "sum" else torch.equal(value.isnan(), bad)
+    assert gradient[bad].isnan().all()
+    assert gradient[~bad].isfinite().all()
+    if reduction == "none":
+        assert torch.equal(value[~bad], clean[0][~bad])
+        assert torch.equal(gradient[~bad], clean[1][~bad])
+    _, stats = loss(logits, target, return_stats=True, backend=backend)
+    assert stats.kept[bad].all()
+    assert not stats.correct[bad].any()
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"inplace": True}, {"allow_retain_graph": True}], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_without_weight_contain_their_nan(backend, options, device, small_blocks):
+    """Ignored rows and rows of zero weight have a gradient of exact zeros whatever they hold."""
+    logits, target = make_inputs(N, V, torch.float32, device)
+    token_weight = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0], device=device)
+    logits[1], logits[4, 7] = math.nan, math.inf
+    logits[2] = math.nan  # ignored
+    value, gradient = run(logits, target, backend, token_weight=token_weight, **options)
+    assert value.isfinite().all()
+    assert (gradient[[1, 2, 4]] == 0).all()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_vocabulary(backend, device, small_blocks):
+    """-inf logits are legal: whole blocks of them, first, middle and last, and next to the target."""
+    logits, target = make_inputs(N, V, torch.float32, device)
+    target = torch.full_like(target, 130)
+    for row, columns in enumerate([slice(0, 70), slice(64, 128), slice(131, 199), slice(0, 130), slice(140, 141)]):
+        logits[row, columns] = -math.inf
+    value, gradient = run(logits, target, backend, reduction="none")
+    exact, exact_gradient = run(logits.double(), target, "reference", reduction="none")
+    torch.testing.assert_close(value.double(), exact, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(gradient.double(), exact_gradient, atol=1e-6, rtol=1e-5)
+    assert (gradient[logits == -math.inf] == 0).all()
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4, 3e38, -3e38, 1e30])
+@pytest.mark.parametrize("backend", FAST)
+def test_huge_logits_lose_no_digits(backend, offset, device, small_blocks):
+    """Only differences of logits count, so their common size must not cost precision."""
+    logits = torch.full((3, V), offset, device=device)
+    step = offset - math.copysign(1, offset) * 2.0 ** (math.floor(math.log2(abs(offset))) - 23)
+    logits[1, 5] = step
+    target = torch.tensor([4, 5, 6], device=device)
+    value, gradient = run(logits, target, backend, cross_entropy, reduction="none")
+    exact, exact_gradient = run(logits.double(), target, "reference", cross_entropy, reduction="none")
+    torch.testing.assert_close(value.double(), exact, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(gradient.double(), exact_gradient, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [-1, V, V + 1, -101, 2**31 - 1, 2**40])
+@pytest.mark.parametrize("options", [{}, {"inplace": True}, {"reduction": "none"}], ids=str)
+def test_bad_target_on_triton_is_nan_in_its_row_only(bad, options, device, small_blocks):
+    if bad == 2**40:
+        logits, target = make_inputs(N, V, torch.float32, device)
+    else:
+        logits, target = make_inputs(N, V, torch.float32, device)
+        target = target.int()
+    target[1] = bad
+    value, gradient = run(logits, target, "triton", **options)
+    assert value[1].isnan() if value.dim() else value.isnan()
+    assert gradient[1].isnan().all()
+    assert gradient[[0, 2, 3, 4, 5]].isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [-1, V, -101])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_bad_target_on_a_cpu_is_an_index_error_that_names_it(backend, inplace, bad):
+    logits, target = make_inputs(N, V, torch.float32, "cpu")
+    logits, target = logits.view(2, 3, V).requires_grad_(), target.view(2, 3)
+    target[1, 2] = bad
+    before = logits.detach().clone()
+    with pytest.raises(IndexError, match=rf"target must be in \[0, {V}\) .*got {bad} at position \[1, 2\]"):
+        truncated(logits, target, inplace=inplace, backend=backend)
+    assert torch.equal(logits, before)
+    with torch.no_grad(), pytest.raises(IndexError, match="at position"):
+        truncated(logits, target, backend=backend)
+
+
+@pytest.mark.parametrize("loss", [truncated, focal])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(0, 5), (0, 3, 5), (3, 0, 5)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch(backend, shape, reduction, loss, device):
+    logits = torch.zeros(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+    target = torch.zeros(shape[:-1], device=device, dtype=torch.int64)
+    value, stats = loss(logits, target, reduction=reduction, return_stats=True, backend=backend)
+    assert value.shape == (shape[:-1] if reduction == "none" else ())
+    assert (value == 0).all()
+    value.sum().backward()
+    assert logits.grad.shape == shape
+    assert stats.n_valid == 0
+    assert stats.truncated_fraction == stats.accuracy == stats.mean_confidence == 0
+
+
+ZERO = {
+    "all ignored": dict(target=-100),
+    "all truncated": dict(threshold=1e-6),
+    "no weight": dict(token_weight=0.0),
+    "number 0": dict(denominator=0),
+    "tensor 0": dict(denominator=torch.tensor(0.0)),
+    "none kept": dict(threshold=1e-6, denominator="kept"),
+}
+
+
+@pytest.mark.parametrize("case", ZERO)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_zero_denominator_is_a_connected_zero(backend, case, device, small_blocks):
+    options = dict(ZERO[case])
+    logits, target = make_inputs(N, V, torch.float32, device)
+    logits[torch.arange(N), target.clamp(0)] = 5.0
+    if "target" in options:
+        target = torch.full_like(target, options.pop("target"))
+    if "token_weight" in options:
+        options["token_weight"] = torch.zeros(N, device=device)
+    value, gradient = run(logits, target, backend, **options)
+    assert value == 0
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_single_row_without_batch_dimension(backend, device):
+    logits, target = make_inputs(1, V, torch.float32, device)
+    target[0] = 3
+    assert_matches_reference(truncated, logits[0], target[0], backend=backend)
+    assert_matches_reference(truncated, logits[0], target[0], backend=backend, reduction="none")
+
+
+def test_single_class_has_no_loss(device):
+    logits = torch.randn(4, 1, device=device)
+    for backend in BACKENDS:
+        value, stats = tce_kernels.truncated_cross_entropy(
+            logits, torch.zeros(4, dtype=torch.int64, device=device), 1.0, return_stats=True, backend=backend
+        )
+        assert value == 0
+        assert stats.kept.all()
