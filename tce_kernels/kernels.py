@@ -371,8 +371,7 @@ def scale_kernel(
             tl.store(row_ptr + cols, gradient.to(tl.float32) * factor, mask=mask)
 
 
-# 16 logits a thread in either kernel keeps them, their addresses and their partial sums in registers: no variant
-# spills on sm_80, sm_90 or sm_100 (tests/test_compile.py). Not tuned on a GPU yet.
+# 16 logits a thread in every kernel keep them, their addresses and their partial sums in registers. Not tuned on a GPU yet.
 BLOCK_V = 8192
 N_THREADS = 512
 
@@ -388,8 +387,11 @@ def serves(device):
 
 
 def _launch_options():
-    """Compiler options: pinned, since Triton 3.10 turns fusion off by default."""
-    return {"num_warps": N_THREADS // (64 if torch.version.hip else 32), "enable_fp_fusion": True}
+    """Compiler options. Fusion is pinned because Triton 3.10 turns it off by default."""
+    if torch.version.hip:
+        return {"num_warps": N_THREADS // 64, "enable_fp_fusion": True}
+    # All the registers that 512 threads can have: left alone, ptxas aims at 64 and spills a few to get there.
+    return {"num_warps": N_THREADS // 32, "enable_fp_fusion": True, "maxnreg": 128}
 
 
 def _n_programs(logits):
@@ -405,19 +407,31 @@ def _n_programs(logits):
     return min(outer * inner, max(rows_in_cache, 1), resident)
 
 
-def _peels(*tensors):
-    """Whether rows start off 16-byte boundaries, by the same offset in all of the tensors."""
+def _strides(rows):
+    """Strides of the two row dimensions; 0 where there is a single row, whose stride says nothing about alignment."""
+    return [stride if size > 1 else 0 for stride, size in zip(rows.stride()[:2], rows.shape[:2])]
 
-    def offsets(tensor):
-        item = tensor.element_size()
-        return [tensor.data_ptr() % 16] + [stride * item % 16 for stride in tensor.stride()[:2]]
 
-    first = offsets(tensors[0])
-    return tensors[0].shape[2] > BLOCK_V and first != [0, 0, 0] and all(offsets(t) == first for t in tensors)
+def _access(*tensors):
+    """How to read and write rows 16 bytes at a time: constexpr flags for [outer, inner, V] tensors used side by side.
+
+    Triton does so by itself where it can prove that rows are aligned: pointer and strides are multiples of 16. Other rows
+    are peeled, if all tensors are off the 16-byte boundaries by the same bytes. What is left goes one by one, in smaller
+    blocks, since every address then takes registers of its own.
+    """
+    V = tensors[0].shape[2]
+    starts = [(tensor.data_ptr(), *_strides(tensor)) for tensor in tensors]
+    item = tensors[0].element_size()
+    offsets = {(ptr % 16, outer * item % 16, inner * item % 16) for ptr, outer, inner in starts}
+    provable = all(number % 16 == 0 for start in starts for number in start)
+    return {
+        "PEEL": len(offsets) == 1 and not provable and V > BLOCK_V,
+        "BLOCK_V": BLOCK_V if len(offsets) == 1 or V <= BLOCK_V else BLOCK_V // 4,
+    }
 
 
 def _flags(softcap, label_smoothing):
-    return {"SOFTCAP": softcap is not None, "SMOOTHING": label_smoothing != 0.0, "BLOCK_V": BLOCK_V}
+    return {"SOFTCAP": softcap is not None, "SMOOTHING": label_smoothing != 0.0}
 
 
 def row_loss(
@@ -431,9 +445,9 @@ def row_loss(
     if N:
         with _device(logits):
             row_loss_kernel[(N,)](
-                logits, target, row_scale, param, loss, rows, *logits.stride()[:2], inner, N, V,
+                logits, target, row_scale, param, loss, rows, *_strides(logits), inner, N, V,
                 ignore_index, alpha, z_loss, label_smoothing, softcap or 1.0, logit_scale,
-                RULE=rule, PEEL=_peels(logits), **_flags(softcap, label_smoothing), **_launch_options(),
+                RULE=rule, **_access(logits), **_flags(softcap, label_smoothing), **_launch_options(),
             )  # fmt: skip
     return loss, rows
 
@@ -445,9 +459,9 @@ def dlogits(logits, target, row_grad, rows, out, *, z_loss, label_smoothing, sof
     if N:
         with _device(logits):
             dlogits_kernel[(N,)](
-                out, logits, target, row_grad, rows, *out.stride()[:2], *logits.stride()[:2], inner, N, V,
+                out, logits, target, row_grad, rows, *_strides(out), *_strides(logits), inner, N, V,
                 z_loss, label_smoothing, softcap or 1.0, logit_scale,
-                PEEL=_peels(logits, out), **_flags(softcap, label_smoothing), **_launch_options(),
+                **_access(logits, out), **_flags(softcap, label_smoothing), **_launch_options(),
             )  # fmt: skip
 
 
@@ -463,9 +477,9 @@ def loss_and_dlogits(
     if N:
         with _device(logits):
             loss_and_dlogits_kernel[(_n_programs(logits),)](
-                out, logits, target, row_scale, param, loss, rows, *out.stride()[:2], *logits.stride()[:2], inner, N, V,
+                out, logits, target, row_scale, param, loss, rows, *_strides(out), *_strides(logits), inner, N, V,
                 ignore_index, alpha, z_loss, label_smoothing, softcap or 1.0, logit_scale,
-                RULE=rule, PEEL=_peels(logits, out), ONE_BLOCK=V <= BLOCK_V,
+                RULE=rule, **_access(logits, out), ONE_BLOCK=V <= BLOCK_V,
                 **_flags(softcap, label_smoothing), **_launch_options(),
             )  # fmt: skip
     return loss, rows
@@ -477,7 +491,7 @@ def scale_(dlogits, factor):
     if outer * inner:
         with _device(dlogits):
             scale_kernel[(outer * inner,)](
-                dlogits, factor, *dlogits.stride()[:2], inner, V, BLOCK_V=BLOCK_V, **_launch_options()
+                dlogits, factor, *_strides(dlogits), inner, V, BLOCK_V=BLOCK_V, **_launch_options()
             )
 
 

@@ -1,0 +1,153 @@
+"""Every refusal: its type, its message, and that nothing was touched."""
+
+import re
+
+import pytest
+import torch
+from cases import FAST
+
+import tce_kernels
+from tce_kernels import FocalCrossEntropyLoss, TruncatedCrossEntropyLoss, focal_cross_entropy, truncated_cross_entropy
+
+N, V = 4, 7
+
+
+def arguments(device):
+    return torch.zeros(N, V, device=device), torch.zeros(N, dtype=torch.int64, device=device)
+
+
+OPTIONS = [
+    (dict(threshold=0), ValueError, "threshold must be in (0, 1], got 0"),
+    (dict(threshold=1.5), ValueError, "threshold must be in (0, 1], got 1.5"),
+    (dict(threshold=float("nan")), ValueError, "threshold must be in (0, 1], got nan"),
+    (dict(threshold="0.9"), TypeError, "threshold must be a number, got str"),
+    (dict(threshold=True), TypeError, "threshold must be a number, got bool"),
+    (dict(threshold=torch.ones(1)), ValueError, "threshold must be a number or a 0-d tensor, got shape [1]"),
+    (dict(threshold=torch.tensor(1)), TypeError, "threshold must be a floating-point tensor, got torch.int64"),
+    (dict(reduction="avg"), ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'avg'"),
+    (dict(reduction=None), ValueError, "reduction must be one of 'mean', 'sum', 'none', got None"),
+    (dict(backend="cuda"), ValueError, "backend must be one of 'auto', 'triton', 'torch', 'reference', got 'cuda'"),
+    (dict(denominator="all"), ValueError, "denominator must be one of 'valid', 'kept', got 'all'"),
+    (dict(denominator=-1), ValueError, "denominator must be a finite number >= 0, got -1"),
+    (dict(denominator=None), TypeError, "denominator must be a number, got NoneType"),
+    (dict(denominator=torch.ones(2)), ValueError, "denominator must be a 0-d tensor, got shape [2]"),
+    (dict(denominator=torch.tensor(True)), TypeError, "denominator must be a tensor of real numbers, got torch.bool"),
+    (dict(denominator=torch.tensor(1.0, requires_grad=True)), ValueError, "denominator must not require grad: the loss"
+     " has no gradient for it, so pass denominator.detach()"),
+    (dict(denominator=3, reduction="sum"), ValueError, "denominator must be left at 'valid' with reduction='sum', got 3"),
+    (dict(denominator="kept", reduction="none"), ValueError, "denominator must be left at 'valid' with"
+     " reduction='none', got 'kept'"),
+    (dict(ignore_index=1.0), TypeError, "ignore_index must be an int, got float"),
+    (dict(ignore_index=True), TypeError, "ignore_index must be an int, got bool"),
+    (dict(label_smoothing=1.1), ValueError, "label_smoothing must be in [0, 1], got 1.1"),
+    (dict(label_smoothing=None), TypeError, "label_smoothing must be a number, got NoneType"),
+    (dict(label_smoothing=0.1, weight=torch.ones(V)), ValueError, "label_smoothing must be 0 with class weights, got 0.1"),
+    (dict(z_loss=-1), ValueError, "z_loss must be a finite number >= 0, got -1"),
+    (dict(z_loss=float("inf")), ValueError, "z_loss must be a finite number >= 0, got inf"),
+    (dict(softcap=0), ValueError, "softcap must be None or a finite number > 0, got 0"),
+    (dict(softcap="5"), TypeError, "softcap must be a number, got str"),
+    (dict(logit_scale=0.0), ValueError, "logit_scale must be a finite number > 0, got 0.0"),
+    (dict(logit_scale=torch.tensor(2.0)), TypeError, "logit_scale must be a number, got Tensor"),
+    (dict(inplace=1), TypeError, "inplace must be True or False, got 1"),
+    (dict(allow_retain_graph=None), TypeError, "allow_retain_graph must be True or False, got None"),
+    (dict(return_stats="yes"), TypeError, "return_stats must be True or False, got 'yes'"),
+    (dict(inplace=True, allow_retain_graph=True), ValueError, "inplace must be False with allow_retain_graph=True,"
+     " which keeps the logits, got True"),
+    (dict(weight=[1.0] * V), TypeError, "weight must be a torch.Tensor, got list"),
+    (dict(weight=torch.ones(V, dtype=torch.bool)), TypeError, "weight must be a tensor of real numbers, got torch.bool"),
+    (dict(weight=torch.ones(V, requires_grad=True)), ValueError, "weight must not require grad"),
+    (dict(token_weight=torch.ones(N, dtype=torch.complex64)), TypeError, "token_weight must be a tensor of real numbers,"
+     " got torch.complex64"),
+]  # fmt: skip
+
+TENSORS = [
+    (dict(weight=torch.ones(V + 1)), ValueError, f"weight must have one entry per class, [{V}], got [{V + 1}]"),
+    (dict(token_weight=torch.ones(N, 1)), ValueError, f"token_weight must have the shape of the target, [{N}], got [{N}, 1]"),
+    (dict(logits=[[0.0] * V] * N), TypeError, "logits must be a torch.Tensor, got list"),
+    (dict(target=[0] * N), TypeError, "target must be a torch.Tensor, got list"),
+    (dict(logits=torch.zeros(N, V, dtype=torch.int64)), TypeError, "logits must be float16, bfloat16, float32 or float64,"
+     " got torch.int64"),
+    (dict(logits=torch.zeros(())), ValueError, "logits must be (..., V) with at least one class, got shape []"),
+    (dict(logits=torch.zeros(N, 0)), ValueError, f"logits must be (..., V) with at least one class, got shape [{N}, 0]"),
+    (dict(target=torch.zeros(N)), TypeError, "target must be int32 or int64, got torch.float32"),
+    (dict(target=torch.zeros(N, dtype=torch.int16)), TypeError, "target must be int32 or int64, got torch.int16"),
+    (dict(target=torch.zeros(N + 1, dtype=torch.int64)), ValueError, "target must have the shape of the logits without the"
+     f" classes, [{N}], got [{N + 1}]"),
+    (dict(target=torch.zeros(N, V, dtype=torch.int64)), ValueError, "target must have the shape of the logits without the"
+     f" classes, [{N}], got [{N}, {V}]"),
+]  # fmt: skip
+
+
+def refuse(function, options, error, message, device):
+    logits, target = arguments(device)
+    logits.requires_grad_()
+    options = {k: v.to(device) if isinstance(v, torch.Tensor) and not v.requires_grad else v for k, v in options.items()}
+    with pytest.raises(error, match=re.escape(message)):
+        function(options.pop("logits", logits), options.pop("target", target), **options)
+    assert (logits == 0).all()
+
+
+@pytest.mark.parametrize("options, error, message", OPTIONS + TENSORS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("backend", ["auto", "reference", *FAST])
+def test_bad_arguments(backend, options, error, message, device):
+    refuse(truncated_cross_entropy, {"backend": backend, "inplace": True, **options}, error, message, device)
+    if not {"threshold", "label_smoothing"} & set(options):  # focal has neither
+        refuse(focal_cross_entropy, {"backend": backend, **options}, error, message, device)
+
+
+FOCAL = [
+    (dict(gamma=-1), ValueError, "gamma must be a finite number >= 0, got -1"),
+    (dict(gamma=float("inf")), ValueError, "gamma must be a finite number >= 0, got inf"),
+    (dict(gamma=torch.tensor(2.0)), TypeError, "gamma must be a number, got Tensor"),
+    (dict(alpha=-0.5), ValueError, "alpha must be a finite number >= 0, got -0.5"),
+    (dict(label_smoothing=0.1), ValueError, "label_smoothing must be 0 with the focal loss, got 0.1"),
+]
+
+
+@pytest.mark.parametrize("options, error, message", FOCAL, ids=lambda value: str(value)[:40])
+def test_bad_focal_arguments(options, error, message, device):
+    refuse(focal_cross_entropy, options, error, message, device)
+    with pytest.raises(error, match=re.escape(message)):
+        FocalCrossEntropyLoss(**options)
+
+
+@pytest.mark.parametrize("options, error, message", OPTIONS, ids=lambda value: str(value)[:40])
+def test_modules_check_their_options_when_they_are_made(options, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        TruncatedCrossEntropyLoss(**options)
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(TypeError, match="smoothing"):
+        TruncatedCrossEntropyLoss(smoothing=0.1)
+    with pytest.raises(TypeError, match="gamma"):
+        truncated_cross_entropy(*arguments("cpu"), gamma=2.0)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_strides_that_would_need_a_copy(backend, device):
+    logits = torch.zeros(V, N, device=device).t()
+    target = torch.zeros(N, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match=r"contiguous classes.*strides \[1, 4\]; pass logits.contiguous\(\)"):
+        truncated_cross_entropy(logits, target, backend=backend)
+    logits = torch.zeros(2, 3, 4, V + 1, device=device)[:, :2, :3, :V]
+    with pytest.raises(ValueError, match=r"rows that two strides describe.*pass logits.contiguous\(\)"):
+        truncated_cross_entropy(logits, logits.new_zeros(2, 2, 3, dtype=torch.int64), backend=backend)
+    assert truncated_cross_entropy(logits, logits.new_zeros(2, 2, 3, dtype=torch.int64), backend="reference") > 0
+
+
+def test_float64_on_triton(device):
+    logits, target = arguments(device)
+    with pytest.raises(TypeError, match="float16, bfloat16 or float32 with backend='triton', got float64; pass backend='torch'"):
+        truncated_cross_entropy(logits.double(), target, backend="triton")
+
+
+def test_devices_must_agree():
+    logits, target = arguments("cpu")
+    meta = torch.device("meta")
+    cases = [dict(target=target.to(meta)), dict(weight=torch.ones(V, device=meta)), dict(threshold=torch.tensor(0.5, device=meta)),
+             dict(token_weight=torch.ones(N, device=meta)), dict(denominator=torch.tensor(3, device=meta))]  # fmt: skip
+    for options in cases:
+        (name,) = options
+        with pytest.raises(ValueError, match=rf"{name} must be on the device of the logits \(cpu\), got meta"):
+            tce_kernels.truncated_cross_entropy(logits, options.pop("target", target), **options)

@@ -1,0 +1,120 @@
+"""What holds for the package as a whole: imports, optional triton, README."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "tce_kernels"
+
+ALLOWED = {
+    "__init__": {"functional", "modules", "reference", "stats"},
+    "modules": {"checks", "functional", "stats"},
+    "functional": {"autograd", "checks", "reference", "stats"},
+    "checks": {"autograd"},
+    "autograd": {"kernels", "stats", "torch_ops"},
+    "kernels": {"stats"},
+    "torch_ops": {"stats"},
+    "reference": {"stats"},
+    "stats": set(),
+}
+
+
+def imported_modules(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            yield from [node.module] if node.module else [alias.name for alias in node.names]
+
+
+def test_imports_point_one_way():
+    modules = {path.stem for path in PACKAGE.glob("*.py")}
+    assert modules == set(ALLOWED)
+    for module in modules:
+        assert set(imported_modules(PACKAGE / f"{module}.py")) <= ALLOWED[module], module
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_without_triton():
+    """Blocked, as if it were not installed: the package imports, the CPU works, and asking for triton says so."""
+    done = run("""if True:
+        import sys
+        sys.modules["triton"] = None
+        import torch, tce_kernels
+        logits = torch.randn(3, 5, requires_grad=True)
+        tce_kernels.truncated_cross_entropy(logits, torch.tensor([0, 1, 2])).backward()
+        try:
+            tce_kernels.truncated_cross_entropy(logits, torch.tensor([0, 1, 2]), backend="triton")
+        except ImportError as error:
+            print(error)
+    """)
+    assert done.returncode == 0, done.stderr
+    assert "backend='triton' needs the package triton" in done.stdout
+    assert "pass backend='torch'" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
+def test_triton_without_a_gpu_and_without_the_interpreter():
+    done = run("""if True:
+        import os
+        os.environ.pop("TRITON_INTERPRET", None)
+        import torch, tce_kernels
+        logits = torch.randn(3, 5)
+        try:
+            tce_kernels.truncated_cross_entropy(logits, torch.tensor([0, 1, 2]), backend="triton")
+        except RuntimeError as error:
+            print(error)
+    """)
+    assert done.returncode == 0, done.stderr
+    assert "backend='triton' needs logits on a GPU, got cpu" in done.stdout
+    assert "TRITON_INTERPRET=1" in done.stdout
+
+
+def test_import_is_quick_and_touches_no_device():
+    done = run("""if True:
+        import sys, time, torch
+        start = time.perf_counter()
+        import tce_kernels
+        print(time.perf_counter() - start)
+        assert "tce_kernels.kernels" not in sys.modules
+        assert not torch.cuda.is_initialized()
+    """)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.3
+
+
+def readme_blocks():
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("index", range(len(readme_blocks())))
+def test_the_code_of_the_readme_runs(index, device, monkeypatch):
+    """In order, in one namespace, as a reader would paste it."""
+    torch.manual_seed(0)
+    namespace = {}
+    for block in readme_blocks()[: index + 1]:
+        exec(compile(block, "README.md", "exec"), namespace)
+
+
+def test_the_readme_names_files_that_exist():
+    text = (ROOT / "README.md").read_text()
+    tree = re.search(r"```text\n(.*?)```", text, re.DOTALL).group(1)
+    folder, named = ROOT, set()
+    for line in tree.splitlines():
+        name = line.split()[0]
+        folder = folder if line.startswith(" ") else ROOT
+        if name.endswith("/"):
+            folder = ROOT / name
+        else:
+            named.add((folder / name).relative_to(ROOT))
+        assert (folder if name.endswith("/") else folder / name).exists(), name
+    sources = {path.relative_to(ROOT) for folder in ("tce_kernels", "benchmarks", "tests") for path in (ROOT / folder).glob("*.py")}
+    assert sources - named <= {Path("tests/conftest.py"), Path("benchmarks/__init__.py")}
+
