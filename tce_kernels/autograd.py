@@ -4,8 +4,6 @@ The operators take logits (..., V) as the user passed them and hold everything p
 `rows` (6, ...) keeps the numbers per row that backward and the statistics need; `torch_ops` names its fields.
 """
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 from torch.library import custom_op
@@ -16,7 +14,7 @@ from .torch_ops import compute_dtype
 
 SECOND_BACKWARD = (
     "the gradient of this loss was made in place and has been handed out, or the logits were modified since: "
-    "it can be differentiated only once. Pass allow_retain_graph=True to recompute it from the logits at every backward."
+    "it can be differentiated only once. Pass allow_retain_graph=True to recompute it from the logits each time."
 )
 DOUBLE_BACKWARD = (
     "double backward is not supported by backend={!r}: its gradient is not differentiable. "
@@ -33,20 +31,20 @@ def _backend(name: str, logits: Tensor):
         raise ImportError(f"backend='triton' needs the package triton ({error}); pass backend='torch'") from error
     if not kernels.serves(logits.device):
         raise RuntimeError(
-            f"backend='triton' needs logits on a GPU, got {logits.device}: move them there, pass backend='torch', or set "
-            "TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter"
+            f"backend='triton' needs logits on a GPU, got {logits.device}: move them there, pass backend='torch', or "
+            "set TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter"
         )
     return kernels
 
 
-def as_rows(logits: Tensor) -> Optional[Tensor]:
+def as_rows(logits: Tensor) -> Tensor | None:
     """View logits (..., V) as [outer, inner, V]; None if two strides cannot describe its rows.
 
     Two, because logits[:, :-1] of a (B, T, V) tensor must not be copied.
     """
     *leading, V = logits.shape
     merged = []  # (size, stride), outermost first; neighbours that one stride describes become one
-    for size, stride in zip(leading, logits.stride()):
+    for size, stride in zip(leading, logits.stride()[:-1], strict=True):
         if size == 1:
             continue
         if merged and merged[-1][1] == size * stride:
@@ -85,7 +83,7 @@ def _check_target(target: Tensor, V: int, ignore_index: int) -> None:
 @custom_op("tce_kernels::row_loss", mutates_args=())
 def row_loss(
     logits: Tensor, target: Tensor, row_scale: Tensor, param: Tensor, rule: str, alpha: float, ignore_index: int,
-    z_loss: float, label_smoothing: float, softcap: Optional[float], logit_scale: float, backend: str,
+    z_loss: float, label_smoothing: float, softcap: float | None, logit_scale: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Loss (...) and rows (6, ...), from one read of the logits."""
     if backend == "torch":
@@ -106,7 +104,7 @@ def _(logits, target, *_):
 @custom_op("tce_kernels::dlogits", mutates_args={"out"})
 def dlogits(
     logits: Tensor, target: Tensor, row_grad: Tensor, rows: Tensor, out: Tensor,
-    z_loss: float, label_smoothing: float, softcap: Optional[float], logit_scale: float, backend: str,
+    z_loss: float, label_smoothing: float, softcap: float | None, logit_scale: float, backend: str,
 ) -> None:  # fmt: skip
     """Gradient (..., V) for row_grad (...) = upstream gradient * row_scale, to out, which may be the logits."""
     _backend(backend, logits).dlogits(
@@ -118,10 +116,10 @@ def dlogits(
 @custom_op("tce_kernels::loss_and_dlogits", mutates_args={"out"})
 def loss_and_dlogits(
     logits: Tensor, target: Tensor, row_scale: Tensor, param: Tensor, out: Tensor, rule: str, alpha: float,
-    ignore_index: int, z_loss: float, label_smoothing: float, softcap: Optional[float], logit_scale: float,
+    ignore_index: int, z_loss: float, label_smoothing: float, softcap: float | None, logit_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Sum of the losses [] and rows (6, ...) as of `row_loss`, and `dlogits` for an upstream gradient of 1, in one pass."""
+    """Sum of the losses [] and rows (6, ...), and the gradient to out for an upstream gradient of 1, in one pass."""
     if backend == "torch":
         _check_target(target, logits.shape[-1], ignore_index)
     loss, rows = _backend(backend, logits).loss_and_dlogits(
@@ -169,7 +167,7 @@ class _RefuseDoubleBackward(torch.autograd.Function):
         raise RuntimeError(DOUBLE_BACKWARD.format(ctx.backend))
 
 
-def _hand_out(gradient: Tensor, anchor: Optional[Tensor], backend: str) -> Tensor:
+def _hand_out(gradient: Tensor, anchor: Tensor | None, backend: str) -> Tensor:
     """A gradient that says so if somebody differentiates it; a compiled graph refuses that by itself."""
     if anchor is not None and torch.is_grad_enabled():
         return _RefuseDoubleBackward.apply(gradient, anchor, backend)

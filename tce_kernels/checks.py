@@ -1,4 +1,4 @@
-"""What the arguments of the losses must be; every check runs before anything is computed, and none reads a tensor's data."""
+"""What the arguments of the losses must be. Checks run before anything is computed, and read no tensor's data."""
 
 import math
 from numbers import Real
@@ -130,7 +130,9 @@ def check_tensors(logits, target, threshold, *, weight, token_weight, denominato
     if token_weight is not None:
         _constant("token_weight", token_weight, device)
         if token_weight.shape != target.shape:
-            raise ValueError(f"token_weight must have the shape of the target, {_shape(target)}, got {_shape(token_weight)}")
+            raise ValueError(
+                f"token_weight must have the shape of the target, {_shape(target)}, got {_shape(token_weight)}"
+            )
     if isinstance(threshold, Tensor):
         _constant("threshold", threshold, device)
     if isinstance(denominator, Tensor) and denominator.device.type != "cpu":
@@ -148,13 +150,16 @@ def check_tensors(logits, target, threshold, *, weight, token_weight, denominato
             f"inplace must be False for logits whose rows share memory, got strides {list(logits.stride())}"
         )
     if backend == "triton" and logits.dtype == torch.float64:
-        raise TypeError("logits must be float16, bfloat16 or float32 with backend='triton', got float64; pass backend='torch'")
+        raise TypeError(
+            "logits must be float16, bfloat16 or float32 with backend='triton', got float64; pass backend='torch'"
+        )
 
 
 def _disjoint(logits: Tensor) -> bool:
     """Whether no two rows overlap."""
-    extent = logits.shape[-1]
-    for stride, size in sorted((stride, size) for size, stride in zip(logits.shape[:-1], logits.stride()) if size > 1):
+    *shape, extent = logits.shape
+    *strides, _ = logits.stride()
+    for stride, size in sorted((stride, size) for size, stride in zip(shape, strides, strict=True) if size > 1):
         if stride < extent:
             return False
         extent = stride * (size - 1) + extent

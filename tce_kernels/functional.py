@@ -37,8 +37,8 @@ def truncated_cross_entropy(
     The comparison is made in float32 whatever the dtype of the logits; the mask carries no gradient.
 
     Args:
-        logits: (..., V) float16, bfloat16, float32 (or float64, not on Triton). Classes contiguous; rows may be strided,
-            as logits[:, :-1] is.
+        logits: (..., V) float16, bfloat16, float32 (or float64, not on Triton). Classes contiguous; rows may be
+            strided, as logits[:, :-1] is.
         target: (...) int32 or int64, in [0, V) or `ignore_index`. A bad target is an IndexError on a CPU; on a GPU,
             where looking would synchronise, its row's loss and gradient are NaN.
         threshold: in (0, 1]; 1 is plain cross-entropy. A 0-d tensor on the device of the logits changes without a
@@ -136,7 +136,9 @@ def focal_cross_entropy(
     return _loss(logits, target, "focal", float(gamma), float(alpha), backend, **options, **placing)
 
 
-def _checked_backend(logits, target, threshold, backend, *, weight, token_weight, denominator, inplace, **options) -> str:
+def _checked_backend(
+    logits, target, threshold, backend, *, weight, token_weight, denominator, inplace, **options
+) -> str:
     """Check everything; the backend that `backend` stands for."""
     checks.check_options(
         weight=weight, token_weight=token_weight, denominator=denominator, inplace=inplace, backend=backend, **options
@@ -172,9 +174,7 @@ def _loss(
     )  # fmt: skip
     # float16 gradients of a mean would underflow before a gradient scaler gets to multiply them, so their rounding
     # waits for backward and the upstream gradient.
-    in_forward = (
-        reduction != "none" and not divide_last and not allow_retain_graph and logits.dtype != torch.float16
-    )
+    in_forward = reduction != "none" and not divide_last and not allow_retain_graph and logits.dtype != torch.float16
     if not (torch.is_grad_enabled() and logits.requires_grad):
         loss, rows = autograd.row_loss(*arguments)
     else:
@@ -201,4 +201,3 @@ def _inverse(total, like):
     """1 / total, a number or 0-d tensor; 0 for 0."""
     total = torch.as_tensor(total, dtype=like.dtype)
     return torch.where(total == 0, 0, 1 / total)
-

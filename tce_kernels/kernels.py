@@ -289,8 +289,8 @@ def dlogits_kernel(
     )  # fmt: skip
     _write_gradient(
         dlogits_row_ptr, row_ptr, V, tl.load(target_ptr + row).to(tl.int32), tl.load(rows_ptr + ROW_MAX * N + row),
-        of_exp, of_target, of_ones, (coef != 0.0) & (row_grad != 0.0), logit_scale, softcap, unit * tl.cast(LOG2_E, tl.float32),
-        SOFTCAP, SMOOTHING, PEEL, BLOCK_V,
+        of_exp, of_target, of_ones, (coef != 0.0) & (row_grad != 0.0), logit_scale, softcap,
+        unit * tl.cast(LOG2_E, tl.float32), SOFTCAP, SMOOTHING, PEEL, BLOCK_V,
     )  # fmt: skip
 
 
@@ -327,12 +327,12 @@ def loss_and_dlogits_kernel(
             x = tl.load(row_ptr + cols, mask=cols < tl.where(live, V, 0), other=-float("inf"))
             u = tl.where(mask, _lift(x, logit_scale, softcap, SOFTCAP), -float("inf"))
             zeros = tl.zeros([BLOCK_V], tl.float32)
-            row_max, sum_exps, sum_us = _accumulate(tl.cast(LOWEST, tl.float32), zeros, zeros, u, mask, scale, SMOOTHING)
+            row_max, sum_exps, sum_us = _accumulate(
+                tl.cast(LOWEST, tl.float32), zeros, zeros, u, mask, scale, SMOOTHING
+            )
             sum_exp, sum_u = tl.sum(sum_exps, 0), tl.sum(sum_us, 0)
         elif live:
-            row_max, sum_exp, sum_u = _sweep(
-                row_ptr, V, logit_scale, softcap, scale, SOFTCAP, SMOOTHING, PEEL, BLOCK_V
-            )
+            row_max, sum_exp, sum_u = _sweep(row_ptr, V, logit_scale, softcap, scale, SOFTCAP, SMOOTHING, PEEL, BLOCK_V)
         lse, coef = _store_row(
             loss_ptr, rows_ptr, row, N, V, target_u, row_max, sum_exp, sum_u, live, row_scale,
             tl.load(param_ptr), alpha, z_loss, label_smoothing, unit, RULE, SMOOTHING,
@@ -371,13 +371,13 @@ def scale_kernel(
             tl.store(row_ptr + cols, gradient.to(tl.float32) * factor, mask=mask)
 
 
-# 16 logits a thread in every kernel keep them, their addresses and their partial sums in registers. Not tuned on a GPU yet.
+# 16 logits a thread: they, their addresses and their partial sums fit in its registers. Not tuned on a GPU yet.
 BLOCK_V = 8192
 N_THREADS = 512
 
 
 def serves(device):
-    """Whether the kernels run on tensors of this device: a GPU, or what Triton's interpreter or driver stands in for."""
+    """Whether the kernels run on tensors of this device: a GPU, or what Triton's interpreter or driver stands for."""
     if device.type == "cuda" or not isinstance(row_loss_kernel, triton.JITFunction):
         return True
     try:
@@ -400,7 +400,7 @@ def _n_programs(logits):
     if not logits.is_cuda:  # the interpreter: few enough that every program takes several rows
         return min(outer * inner, 2)
     device = torch.cuda.get_device_properties(logits.device)
-    # On AMD the cache that all compute units share is the Infinity Cache (256 MB on MI300), which torch does not report.
+    # AMD's compute units share the Infinity Cache (256 MB on MI300), which torch does not report.
     cache_bytes = 256 * 2**20 if torch.version.hip else device.L2_cache_size
     rows_in_cache = cache_bytes * 3 // 4 // (V * logits.element_size())
     resident = device.multi_processor_count * (2048 // N_THREADS)
@@ -409,15 +409,15 @@ def _n_programs(logits):
 
 def _strides(rows):
     """Strides of the two row dimensions; 0 where there is a single row, whose stride says nothing about alignment."""
-    return [stride if size > 1 else 0 for stride, size in zip(rows.stride()[:2], rows.shape[:2])]
+    return [stride if size > 1 else 0 for stride, size in zip(rows.stride()[:2], rows.shape[:2], strict=True)]
 
 
 def _access(*tensors):
     """How to read and write rows 16 bytes at a time: constexpr flags for [outer, inner, V] tensors used side by side.
 
-    Triton does so by itself where it can prove that rows are aligned: pointer and strides are multiples of 16. Other rows
-    are peeled, if all tensors are off the 16-byte boundaries by the same bytes. What is left goes one by one, in smaller
-    blocks, since every address then takes registers of its own.
+    Triton does so by itself where it can prove that rows are aligned: pointer and strides are multiples of 16. Other
+    rows are peeled, if all tensors are off the 16-byte boundaries by the same bytes. What is left goes one by one, in
+    smaller blocks, since every address then takes registers of its own.
     """
     V = tensors[0].shape[2]
     starts = [(tensor.data_ptr(), *_strides(tensor)) for tensor in tensors]
@@ -453,7 +453,7 @@ def row_loss(
 
 
 def dlogits(logits, target, row_grad, rows, out, *, z_loss, label_smoothing, softcap, logit_scale):
-    """Write the gradient for `row_grad` [N] = upstream gradient * row_scale to out [outer, inner, V]; out may be logits."""
+    """Write the gradient for row_grad [N] = upstream gradient * row_scale to out, which may be the logits."""
     outer, inner, V = logits.shape
     N = outer * inner
     if N:

@@ -59,6 +59,4 @@ class FocalCrossEntropyLoss(_Loss):
         return focal_cross_entropy(logits, target, self.gamma, alpha=self.alpha, **options)
 
     def extra_repr(self) -> str:
-        return ", ".join(
-            filter(None, [f"gamma={self.gamma}, alpha={self.alpha}", super().extra_repr()])
-        )
+        return ", ".join(filter(None, [f"gamma={self.gamma}, alpha={self.alpha}", super().extra_repr()]))

@@ -90,7 +90,9 @@ def _checked(target: Tensor, valid: Tensor, V: int) -> tuple[Tensor, Tensor]:
     bad = valid & ((target < 0) | (target >= V))
     if target.device.type == "cpu" and not torch.compiler.is_compiling() and bad.any():
         position = bad.nonzero()[0].tolist()
-        raise IndexError(f"target must be in [0, {V}) or ignore_index, got {target[bad][0].item()} at position {position}")
+        raise IndexError(
+            f"target must be in [0, {V}) or ignore_index, got {target[bad][0].item()} at position {position}"
+        )
     return target.long().masked_fill(bad | ~valid, 0), bad
 
 

@@ -1,4 +1,4 @@
-"""The row operations of `kernels`, in PyTorch: cache-sized blocks of rows, in place. For the CPU, and any device without Triton.
+"""The row operations of `kernels` in PyTorch, for the CPU and any device without Triton: cache-sized blocks, in place.
 
 Same functions, same arguments, same `rows`; see `kernels` for the formula. Computes in float32, or in float64 for
 float64 logits. Out-of-range targets are the caller's to refuse on a CPU; here they give NaN.
@@ -159,7 +159,7 @@ def row_loss(logits, target, row_scale, param, **options):
 
 
 def dlogits(logits, target, row_grad, rows, out, *, z_loss, label_smoothing, softcap, logit_scale):
-    """Write the gradient for `row_grad` [N] = upstream gradient * row_scale to out [outer, inner, V]; out may be logits."""
+    """Write the gradient for row_grad [N] = upstream gradient * row_scale to out, which may be the logits."""
     V = logits.shape[2]
     block = _Block(logits, logit_scale, softcap)
     for row, index in _blocks(logits):

@@ -58,7 +58,8 @@ def assert_close(value, exact, gradient, exact_gradient, compute, backend, optio
     truncates = INTERPRETED and backend == "triton" and gradient.dtype == torch.bfloat16
     torch.testing.assert_close(
         gradient.double(), exact_gradient, equal_nan=True,
-        atol=1e-6 * factor + (2**-24 if gradient.dtype == torch.float16 else 0), rtol=1e-5 + eps * (2 if truncates else 1),
+        atol=1e-6 * factor + (2**-24 if gradient.dtype == torch.float16 else 0),
+        rtol=1e-5 + eps * (2 if truncates else 1),
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Run by test_compile.py: compile, for a GPU that is not there, every kernel that the public functions ask for.
 
-Triton specialises and compiles as it would for a launch; the launch itself is left out. Prints one JSON object a kernel.
+Triton specialises and compiles as for a launch; the launch itself is left out. Prints one JSON object a launch.
 """
 
 import itertools

@@ -249,7 +249,9 @@ def no_synchronisation():
         method = getattr(torch.Tensor, name)
 
         def watched(self, index, *args):
-            masks = [i for i in (index if isinstance(index, tuple) else (index,)) if getattr(i, "dtype", None) == torch.bool]
+            masks = [
+                i for i in (index if isinstance(index, tuple) else (index,)) if getattr(i, "dtype", None) == torch.bool
+            ]
             assert not (watching[0] and masks), "indexing with a mask synchronises host and device"
             return method(self, index, *args)
 
@@ -273,8 +275,11 @@ def no_synchronisation():
 
 def test_the_detector_of_synchronisation_detects():
     tensor = torch.ones(3)
-    for synchronise in (lambda: tensor[0].item(), lambda: tensor.tolist(), lambda: bool(tensor[0]), lambda: tensor.nonzero(),
-                        lambda: tensor[tensor > 0], lambda: torch.equal(tensor, tensor)):  # fmt: skip
+    ways = [
+        lambda: tensor[0].item(), lambda: tensor.tolist(), lambda: bool(tensor[0]), lambda: tensor.nonzero(),
+        lambda: tensor[tensor > 0], lambda: torch.equal(tensor, tensor),
+    ]  # fmt: skip
+    for synchronise in ways:
         with no_synchronisation(), pytest.raises(AssertionError, match="synchronises"):
             synchronise()
     logits, target = make_inputs(N, V, torch.float32, "cpu")

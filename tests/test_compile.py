@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("compile_variants.py")
-TARGETS = {"sm_80": ("cuda", "80", "32"), "sm_90": ("cuda", "90", "32"), "sm_100": ("cuda", "100", "32"), "gfx942": ("hip", "gfx942", "64")}
+TARGETS = {
+    "sm_80": ("cuda", "80", "32"),
+    "sm_90": ("cuda", "90", "32"),
+    "sm_100": ("cuda", "100", "32"),
+    "gfx942": ("hip", "gfx942", "64"),
+}
 NVIDIA = ["sm_80", "sm_90", "sm_100"]
 # Shared memory that one block may have.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
@@ -40,7 +45,9 @@ def test_every_variant_compiles(variants, target):
     reports = variants(target)
     for report in reports:
         assert report["shared"] <= SHARED_LIMIT[target], report
-    seen = {(r["kernel"], r["dtype"], r["layout"], r.get("RULE"), r.get("SOFTCAP"), r.get("SMOOTHING")) for r in reports}
+    seen = {
+        (r["kernel"], r["dtype"], r["layout"], r.get("RULE"), r.get("SOFTCAP"), r.get("SMOOTHING")) for r in reports
+    }
     for kernel, dtype, rules in [
         ("loss_and_dlogits_kernel", "torch.float32", ("truncated", "focal")),
         ("loss_and_dlogits_kernel", "torch.bfloat16", ("truncated", "focal")),

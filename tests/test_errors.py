@@ -81,7 +81,9 @@ TENSORS = [
 def refuse(function, options, error, message, device):
     logits, target = arguments(device)
     logits.requires_grad_()
-    options = {k: v.to(device) if isinstance(v, torch.Tensor) and not v.requires_grad else v for k, v in options.items()}
+    options = {
+        k: v.to(device) if isinstance(v, torch.Tensor) and not v.requires_grad else v for k, v in options.items()
+    }
     with pytest.raises(error, match=re.escape(message)):
         function(options.pop("logits", logits), options.pop("target", target), **options)
     assert (logits == 0).all()
@@ -138,7 +140,9 @@ def test_strides_that_would_need_a_copy(backend, device):
 
 def test_float64_on_triton(device):
     logits, target = arguments(device)
-    with pytest.raises(TypeError, match="float16, bfloat16 or float32 with backend='triton', got float64; pass backend='torch'"):
+    with pytest.raises(
+        TypeError, match="float16, bfloat16 or float32 with backend='triton', got float64; pass backend='torch'"
+    ):
         truncated_cross_entropy(logits.double(), target, backend="triton")
 
 

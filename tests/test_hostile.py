@@ -5,7 +5,16 @@ import math
 import hypothesis.strategies as st
 import pytest
 import torch
-from cases import DTYPES, FAST, assert_matches_reference, cross_entropy, focal, loss_and_gradient, make_inputs, truncated
+from cases import (
+    DTYPES,
+    FAST,
+    assert_matches_reference,
+    cross_entropy,
+    focal,
+    loss_and_gradient,
+    make_inputs,
+    truncated,
+)
 from hypothesis import HealthCheck, given, settings
 
 import tce_kernels
@@ -34,10 +43,18 @@ def test_any_shape_dtype_options_and_values(backend, options, data, device, smal
         logits[row, column] = data.draw(st.sampled_from(HOSTILE))
     loss, extra = data.draw(
         st.sampled_from(
-            [(truncated, {}), (truncated, {"label_smoothing": 0.2}), (cross_entropy, {}), (focal, {}), (focal, {"gamma": 0.5})]
+            [
+                (truncated, {}),
+                (truncated, {"label_smoothing": 0.2}),
+                (cross_entropy, {}),
+                (focal, {}),
+                (focal, {"gamma": 0.5}),
+            ]
         )
     )
-    extra = dict(extra, softcap=data.draw(st.sampled_from([None, 7.0])), logit_scale=data.draw(st.sampled_from([1.0, 0.5])))
+    extra = dict(
+        extra, softcap=data.draw(st.sampled_from([None, 7.0])), logit_scale=data.draw(st.sampled_from([1.0, 0.5]))
+    )
 
     value, gradient = run(logits, target, backend, loss, **options, **extra)
     exact, exact_gradient = run(logits.double(), target, "reference", loss, reduction="none", **extra)
@@ -75,7 +92,9 @@ def test_a_bad_row_spoils_itself_only(backend, reduction, loss, device, small_bl
     assert not stats.correct[bad].any()
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"inplace": True}, {"allow_retain_graph": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none"}, {"inplace": True}, {"allow_retain_graph": True}], ids=str
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_without_weight_contain_their_nan(backend, options, device, small_blocks):
     """Ignored rows and rows of zero weight have a gradient of exact zeros whatever they hold."""

@@ -5,7 +5,16 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES, FAST, assert_matches_reference, cross_entropy, focal, loss_and_gradient, make_inputs, truncated
+from cases import (
+    DTYPES,
+    FAST,
+    assert_matches_reference,
+    cross_entropy,
+    focal,
+    loss_and_gradient,
+    make_inputs,
+    truncated,
+)
 
 import tce_kernels
 
