@@ -51,26 +51,27 @@ def _loss(
 ):
     valid = target != ignore_index
     target, bad = _checked(target, valid, logits.shape[-1])
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-
-    row_weight = valid.to(z.dtype)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    row_weight = valid.to(dtype)
     if weight is not None:
-        row_weight = row_weight * weight[target].to(z.dtype)
+        row_weight = row_weight * weight[target].to(dtype)
     if token_weight is not None:
-        row_weight = torch.where(valid, row_weight * token_weight.to(z.dtype), 0)
+        row_weight = torch.where(valid, row_weight * token_weight.to(dtype), 0)
+
+    def transformed(logits):
+        z = logits.to(dtype) * logit_scale
+        return z if softcap is None else softcap * torch.tanh(z / softcap)
 
     # A row without weight may hold NaN, which 0 * NaN would carry into its gradient.
-    safe_z = z.masked_fill((row_weight == 0)[..., None], 0)
-    log_probs = F.log_softmax(safe_z, dim=-1)
+    z = transformed(logits.masked_fill((row_weight == 0)[..., None], 0))
+    log_probs = F.log_softmax(z, dim=-1)
     s = log_probs.gather(-1, target[..., None]).squeeze(-1).masked_fill(bad, math.nan)
     kept = keep(s) & (row_weight != 0)
     loss = (1 - label_smoothing) * phi(s)
     if label_smoothing:
         loss = loss - label_smoothing * log_probs.mean(-1)
     if z_loss:
-        loss = loss + z_loss * safe_z.logsumexp(-1) ** 2
+        loss = loss + z_loss * z.logsumexp(-1) ** 2
     loss = torch.where(kept, row_weight * loss, 0)
 
     if reduction != "none":
@@ -82,7 +83,7 @@ def _loss(
         denominator = torch.as_tensor(denominator, dtype=loss.dtype, device=loss.device)
         empty = denominator == 0
         loss = torch.where(empty, 0, loss / denominator.masked_fill(empty, 1))
-    return (loss, _stats(z.detach(), target, bad, valid, kept)) if return_stats else loss
+    return (loss, _stats(transformed(logits.detach()), target, bad, valid, kept)) if return_stats else loss
 
 
 def _checked(target: Tensor, valid: Tensor, V: int) -> tuple[Tensor, Tensor]:

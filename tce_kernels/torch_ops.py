@@ -8,11 +8,11 @@ import math
 
 import torch
 
-from .stats import COEF, LSE, N_FIELDS, ROW_MAX, SUM_EXP
+from .stats import COEF, LSE, N_FIELDS
 
 # A block of rows of about this many logits fits the L2 caches of two cores in float32, and is large enough that the
 # cost of calling PyTorch does not show. Measured: 0.7 to 4 million logits are within 3% of each other.
-BLOCK_LOGITS = 2**20
+BLOCK_LOGITS = 2**21
 TINY = 1e-37
 
 
@@ -53,47 +53,47 @@ def _blocks(logits):
 
 
 class _Block:
-    """Rows [R, V] under work: u, and exp(z - max z), in memory that every block of the tensor uses again."""
+    """Rows [R, V] under work: z, and its softmax, in memory that every block of the tensor uses again."""
 
     def __init__(self, logits, logit_scale, softcap):
         _, inner, V = logits.shape
         self.logit_scale, self.softcap = logit_scale, softcap
-        self.unit = logit_scale if softcap is None else softcap
         shape = (min(max(BLOCK_LOGITS // V, 1), inner), V)
-        self.exp_memory = torch.empty(shape, dtype=compute_dtype(logits.dtype), device=logits.device)
-        # Without a softcap u is not needed once exp is known, and exp may take its place.
-        self.u_memory = self.exp_memory if softcap is None else torch.empty_like(self.exp_memory)
+        dtype = compute_dtype(logits.dtype)
+        self.p_memory = torch.empty(shape, dtype=dtype, device=logits.device)
+        self.as_stored = dtype == logits.dtype and softcap is None and logit_scale == 1.0
+        self.z_memory = None if self.as_stored else torch.empty_like(self.p_memory)
 
     def load(self, x):
-        """Logits x [R, V] as stored -> u [R, V], with z = unit * u; see `kernels`. May be x itself."""
-        if self.softcap is None and x.dtype == self.exp_memory.dtype:
-            self.u = x
-        else:
-            self.u = self.u_memory[: len(x)].copy_(x)
-        if self.softcap is not None:
-            self.u.mul_(self.logit_scale / self.softcap).tanh_()
-        return self.u
-
-    def exponentiate(self, row_max):
-        self.exp = torch.sub(self.u, row_max[:, None], out=self.exp_memory[: len(self.u)])
-        if self.unit != 1.0:
-            self.exp *= self.unit
-        return self.exp.exp_()
+        """Logits x [R, V] as stored -> z [R, V], which may be x itself."""
+        self.z = x
+        if not self.as_stored:
+            self.z = self.z_memory[: len(x)].copy_(x)
+            if self.logit_scale != 1.0:
+                self.z *= self.logit_scale
+            if self.softcap is not None:
+                self.z.div_(self.softcap).tanh_().mul_(self.softcap)
+        self.p = torch.softmax(self.z, 1, out=self.p_memory[: len(x)])
+        return self.z
 
     def write_gradient(self, out, selected, target, row_grad, rows, z_loss, label_smoothing):
         """Write the gradient to the selected rows of out [R, V], which may be the logits, and zeros to the others."""
-        coef, V = rows[COEF], out.shape[1]
+        V = out.shape[1]
+        coef = rows[COEF]
         row_grad = torch.where(coef == 0, 0, row_grad * self.logit_scale)
-        self.exp[coef == 0] = 0  # where a row of zero weight holds NaN, 0 * exp would be NaN
-        in_place = selected is None and out.dtype == self.exp.dtype
-        gradient = out if in_place else self.exp
-        of_exp = row_grad * (coef + 2 * z_loss * rows[LSE]) / rows[SUM_EXP]
-        torch.mul(self.exp, torch.where(coef == 0, 0, of_exp)[:, None], out=gradient)
+        of_target = row_grad * coef
+        of_p = of_target + 2 * z_loss * row_grad * rows[LSE] if z_loss else of_target
+        if (row_grad == 0).logical_and_(rows[LSE].isfinite().logical_not_()).any():
+            self.p[row_grad == 0] = 0  # a row of zero weight that holds NaN: 0 * NaN would stay NaN
+
+        in_place = selected is None and out.dtype == self.p.dtype
+        gradient = torch.mul(self.p, of_p[:, None], out=out if in_place else self.p)
         if label_smoothing:
-            gradient -= (row_grad * coef * label_smoothing / V)[:, None]
-        gradient[torch.arange(len(target)), target] -= row_grad * coef * (1 - label_smoothing)
+            gradient -= (of_target * label_smoothing / V)[:, None]
+            of_target = of_target * (1 - label_smoothing)
+        gradient[torch.arange(len(target)), target] -= of_target
         if self.softcap is not None:
-            gradient *= self.u.square_().neg_().add_(1)
+            gradient *= self.z.div_(self.softcap).square_().neg_().add_(1)
         if selected is not None:
             out.zero_()
             out[selected] = gradient.to(out.dtype)
@@ -102,28 +102,30 @@ class _Block:
 
 
 def _block_loss(block, x, target, row_scale, param, rule, alpha, z_loss, label_smoothing):
-    """Loss [R] and rows [6, R] of logits x [R, V], none of them ignored; leaves u and exp in the block."""
+    """Loss [R] and rows [6, R] of logits x [R, V], none of them ignored; leaves z and its softmax in the block."""
     V = x.shape[1]
-    u = block.load(x)
-    target_u = u.gather(1, target.clamp(0, V - 1)[:, None]).squeeze(1)
-    target_u = torch.where((target >= 0) & (target < V), target_u, math.nan)
-    row_max = u.amax(1)
-    mean_u = u.mean(1) if label_smoothing else None
-    sum_exp = block.exponentiate(row_max).sum(1)
-
-    log_sum = sum_exp.log()
-    lse = block.unit * row_max + log_sum
-    log_prob = block.unit * (target_u - row_max) - log_sum
+    z = block.load(x)
+    row_max = z.amax(1)
+    index = target.clamp(0, V - 1)[:, None]
+    target_z, target_p = z.gather(1, index).squeeze(1), block.p.gather(1, index).squeeze(1)
+    if (target_p > 1e-30).all():
+        log_sum = target_z - row_max - target_p.log()
+    else:  # the target's p says nothing about the sum: it has underflowed, or is NaN
+        log_sum = -block.p.amax(1).log()
+    target_z = torch.where((target >= 0) & (target < V), target_z, math.nan)
+    lse = row_max + log_sum
+    log_prob = target_z - row_max - log_sum
     log_prob = torch.where(log_prob > 0, 0, log_prob)  # rounding above 0 must not drop a row at threshold 1
     phi, coef = _rule(log_prob, param, alpha, rule)
     coef = torch.where(log_prob.isnan(), log_prob, coef)
-    if label_smoothing:
-        uniform = block.unit * (row_max - mean_u) + log_sum  # lse - mean(z)
-        phi = phi + label_smoothing * (log_prob + uniform)
     coef = torch.where(row_scale == 0, 0, coef)
-    loss = torch.where(coef == 0, 0, row_scale * (phi + z_loss * lse * lse))
-    correct = (target_u == row_max) & ~log_prob.isnan()
-    return loss, torch.stack([log_prob, lse, coef, row_max, sum_exp, correct.to(loss.dtype)])
+    if label_smoothing:
+        phi = phi + label_smoothing * (log_prob + lse - z.mean(1))
+    if z_loss:
+        phi = phi + z_loss * lse * lse
+    loss = torch.where(coef == 0, 0, row_scale * phi)
+    correct = (target_z == row_max) & ~log_prob.isnan()
+    return loss, torch.stack([log_prob, lse, coef, row_max, log_sum.exp(), correct.to(loss.dtype)])
 
 
 def loss_and_dlogits(
@@ -167,7 +169,6 @@ def dlogits(logits, target, row_grad, rows, out, *, z_loss, label_smoothing, sof
         selected = None if wanted.all() else wanted
         block_rows = _select(rows[:, row], selected)
         block.load(logits[index] if selected is None else logits[index][selected])
-        block.exponentiate(block_rows[ROW_MAX])
         block.write_gradient(
             out[index], selected, _select(target[row], selected).clamp(0, V - 1), _select(row_grad[row], selected),
             block_rows, z_loss, label_smoothing,

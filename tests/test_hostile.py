@@ -15,7 +15,7 @@ from cases import (
     make_inputs,
     truncated,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 
 import tce_kernels
 
@@ -30,7 +30,13 @@ def run(logits, target, backend, loss=truncated, **options):
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"allow_retain_graph": True}], ids=str)
 @pytest.mark.parametrize("backend", FAST)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    phases=[Phase.explicit, Phase.generate],  # shrinking takes minutes in the interpreter
+)
 @given(data=st.data())
 def test_any_shape_dtype_options_and_values(backend, options, data, device, small_blocks):
     """The definition decides, wherever float64 says that the row is finite; rows that are not do not touch others."""

@@ -1,0 +1,69 @@
+"""What every benchmark prints and saves: the line that names the machine, tables, CSV files."""
+
+import csv
+import importlib.metadata
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+ROOT = Path(__file__).parent
+INTERRUPTED = 130  # exit status after Ctrl-C
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def describe(device: torch.device) -> str:
+    """One line: device, versions, threads, commit. A figure without it means nothing."""
+    return (
+        f"{_device_name(device)} | Python {platform.python_version()}, torch {torch.__version__}, "
+        f"triton {_version('triton')} | {torch.get_num_threads()} threads | commit {_commit()}"
+    )
+
+
+def results_path(device: torch.device, name: str) -> Path:
+    """results/<device>/<name> next to this file; the folder exists."""
+    slug = "cpu" if device.type == "cpu" else re.sub(r"[^a-z0-9]+", "-", _device_name(device).lower()).strip("-")
+    path = ROOT / "results" / slug / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def publish(path: Path, heading: list[str], rows: list[dict], table: list[dict]) -> None:
+    """Print `table`; write `rows`, after the heading as comments, to the CSV file `path`."""
+    print(tabulate(table, headers="keys", colalign=["left"] + ["right"] * (len(table[0]) - 1), disable_numparse=True))
+    with path.open("w", newline="") as file:
+        file.writelines(f"# {line}\n" for line in heading)
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"Saved {path.relative_to(ROOT.parent)}")
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,228 @@
+"""Train a small causal language model with each loss: what truncation does to confidence, accuracy and speed.
+
+The text is the documentation that every CPython carries, `pydoc_data.topics`: real English, nothing to download.
+"""
+
+import argparse
+import math
+import random
+import re
+import statistics
+import time
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import NamedTuple
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from tokenizers import ByteLevelBPETokenizer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tce_kernels import LossStats, focal_cross_entropy, truncated_cross_entropy
+
+from . import report
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 - after the choice of backend
+
+THRESHOLD = 0.9
+LOG_THRESHOLD = math.log(THRESHOLD)
+LOSSES = {
+    "cross-entropy": lambda logits, target: truncated_cross_entropy(logits, target, 1.0, return_stats=True),
+    f"truncated, {THRESHOLD}": lambda logits, target: truncated_cross_entropy(
+        logits, target, THRESHOLD, return_stats=True
+    ),
+    "focal, gamma 2": lambda logits, target: focal_cross_entropy(logits, target, 2.0, return_stats=True),
+}
+COLOURS = ["#0072B2", "#D55E00", "#009E73"]  # of Okabe and Ito, told apart by colour-blind readers too
+STYLES = ["-", "--", ":"]
+
+VOCABULARY = 2048
+CONTEXT = 64
+BATCH = 8
+LEARNING_RATE = 3e-3
+SPLIT_SEED = 3
+
+
+class Block(nn.Module):
+    def __init__(self, D: int, n_heads: int):
+        super().__init__()
+        self.n_heads = n_heads
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D)
+        q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class LanguageModel(nn.Module):
+    """Pre-norm transformer: tokens (B, T) to logits (B, T, V)."""
+
+    def __init__(self, D: int = 128, n_blocks: int = 2, n_heads: int = 4):
+        super().__init__()
+        self.token, self.position = nn.Embedding(VOCABULARY, D), nn.Embedding(CONTEXT, D)
+        self.blocks = nn.Sequential(*(Block(D, n_heads) for _ in range(n_blocks)))
+        self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, VOCABULARY, bias=False)
+        for embedding in (self.token, self.position):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
+        return self.head(self.norm(self.blocks(x)))
+
+
+class Training(NamedTuple):
+    name: str
+    model: nn.Module
+    truncated: list[float]  # share of each batch's tokens above the threshold
+    tokens_per_second: float
+
+
+def load_text() -> tuple[str, str]:
+    """Training and held-out text: nine topics in ten, and the others."""
+    names = sorted(topics)
+    random.Random(SPLIT_SEED).shuffle(names)
+    n_held_out = len(names) // 10
+    held_out = [p for name in names[:n_held_out] for p in paragraphs(topics[name])]
+    # Topics quote each other; what is held out must not be learnt from another page.
+    known = {" ".join(p.split()) for p in held_out}
+    train = [p for name in names[n_held_out:] for p in paragraphs(topics[name]) if " ".join(p.split()) not in known]
+    return "\n\n".join(train), "\n\n".join(held_out)
+
+
+def paragraphs(text: str) -> list[str]:
+    return [p for p in re.split(r"\n\s*\n", text) if p.strip()]
+
+
+def windows(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (n, CONTEXT) that cover the tokens once; the last few are left out."""
+    n = (len(tokens) - 1) // CONTEXT
+    return tokens[: n * CONTEXT].view(n, CONTEXT), tokens[1 : n * CONTEXT + 1].view(n, CONTEXT)
+
+
+def train(name: str, tokens: Tensor, steps: int, seed: int) -> Training:
+    """Same seed: same initial weights and same batches, whatever the loss."""
+    torch.manual_seed(seed)
+    model = LanguageModel().to(tokens.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1, cycle_momentum=False
+    )
+    starts = torch.randint(len(tokens) - CONTEXT, (steps, BATCH, 1), generator=torch.Generator().manual_seed(seed))
+    offsets = torch.arange(CONTEXT + 1)
+    truncated, seconds = [], []
+    with tqdm(starts, desc=name, unit="step", leave=False) as progress:
+        for start in progress:
+            began = time.perf_counter()
+            batch = tokens[(start + offsets).to(tokens.device)]
+            loss, stats = LOSSES[name](model(batch[:, :-1]), batch[:, 1:])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress.set_postfix_str(f"loss {loss.item():.3f}")
+            truncated.append((stats.log_prob > LOG_THRESHOLD).double().mean().item())
+            seconds.append(time.perf_counter() - began)
+    return Training(name, model, truncated, BATCH * CONTEXT / statistics.median(seconds))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, tokens: Tensor) -> LossStats:
+    """Statistics of all held-out tokens under the truncated loss."""
+    inputs, target = windows(tokens)
+    logits = torch.cat([model(batch) for batch in inputs.split(BATCH)])
+    return truncated_cross_entropy(logits, target, THRESHOLD, return_stats=True)[1]
+
+
+def result(training: Training, held_out: LossStats) -> dict:
+    late = training.truncated[-max(len(training.truncated) // 10, 1) :]
+    return dict(
+        loss=training.name,
+        held_out_cross_entropy=-held_out.log_prob.mean().item(),
+        held_out_accuracy=held_out.accuracy.item(),
+        held_out_confidence=held_out.mean_confidence.item(),
+        held_out_truncated=held_out.truncated_fraction.item(),
+        late_training_truncated=statistics.fmean(late),
+        tokens_per_second=training.tokens_per_second,
+    )
+
+
+def as_table(results: list[dict]) -> list[dict]:
+    return [
+        {
+            "trained with": row["loss"],
+            "held-out CE nats": f"{row['held_out_cross_entropy']:.3f}",
+            "accuracy": f"{row['held_out_accuracy']:.1%}",
+            "mean p_t": f"{row['held_out_confidence']:.3f}",
+            f"p_t > {THRESHOLD}": f"{row['held_out_truncated']:.1%}",
+            f"in training, p_t > {THRESHOLD}": f"{row['late_training_truncated']:.1%}",
+            "tokens/s": f"{row['tokens_per_second']:.0f}",
+        }
+        for row in results
+    ]
+
+
+def plot(finished: list[tuple[Training, LossStats]], path: Path) -> None:
+    """Left: how confident the models are on held-out text. Right: the share above the threshold over training."""
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for (training, held_out), colour, style in zip(finished, COLOURS, STYLES, strict=False):
+        line = dict(color=colour, linestyle=style, linewidth=1.8, label=training.name)
+        confidence = held_out.log_prob.flatten().exp().double().cpu()
+        counts = torch.histc(confidence, bins=20, min=0, max=1)
+        left.stairs((100 * counts / len(confidence)).numpy(), torch.linspace(0, 1, 21).numpy(), baseline=None, **line)
+        width = max(len(training.truncated) // 25, 1)
+        means = torch.tensor(training.truncated).unfold(0, width, width).mean(1)
+        right.plot((torch.arange(len(means)) + 0.5) * width, 100 * means, **line)
+    left.axvline(THRESHOLD, color="0.6", linewidth=1)
+    left.text(THRESHOLD - 0.01, 0.97, "threshold", color="0.4", ha="right", transform=left.get_xaxis_transform())
+    left.set(yscale="log", xlim=(0, 1), xlabel="probability of the right token, $p_t$")
+    left.set_ylabel("share of held-out tokens (%)")
+    left.yaxis.set_major_formatter("{x:g}")
+    right.set(xlabel="training step", ylabel=f"training tokens with $p_t$ > {THRESHOLD} (%)")
+    right.set_ylim(bottom=0)
+    right.legend(title="trained with", frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks train", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="half of the steps")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
+    args = parser.parse_args(arguments)
+    steps = 1200 if args.quick else 2400
+
+    device = report.default_device()
+    train_text, held_out_text = load_text()
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([train_text], vocab_size=VOCABULARY, show_progress=False)
+    train_tokens, held_out_tokens = (
+        torch.tensor(tokenizer.encode(text).ids, device=device) for text in (train_text, held_out_text)
+    )
+    heading = [
+        report.describe(device),
+        f"{len(train_tokens)} training and {len(held_out_tokens)} held-out tokens, vocabulary {VOCABULARY}, "
+        f"{steps} steps of {BATCH} x {CONTEXT} tokens, seed {args.seed}",
+    ]
+    print(*heading, sep="\n")
+    finished = []
+    status = 0
+    try:
+        for name in LOSSES:
+            training = train(name, train_tokens, steps, args.seed)
+            finished.append((training, evaluate(training.model, held_out_tokens)))
+    except KeyboardInterrupt:
+        status = report.INTERRUPTED
+    if finished:
+        results = [result(*each) for each in finished]
+        report.publish(report.results_path(device, "train.csv"), heading, results, as_table(results))
+        path = report.results_path(device, "train.png")
+        plot(finished, path)
+        print(f"Saved {path.relative_to(report.ROOT.parent)}")
+    return status
