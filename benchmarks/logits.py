@@ -3,6 +3,8 @@
 import argparse
 import json
 import math
+import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -49,13 +51,19 @@ def providers(device: torch.device) -> list[Provider]:
         Provider("F.cross_entropy (no truncation)", F.cross_entropy, truncates=False),
         Provider("tce_kernels", lambda logits, target: tce_kernels.truncated_cross_entropy(logits, target, THRESHOLD)),
         Provider("plain PyTorch", plain_truncated),
-        Provider("plain PyTorch, torch.compile", torch.compile(plain_truncated, dynamic=False)),
     ]
+    if compiles(device):
+        found.append(Provider("plain PyTorch, torch.compile", torch.compile(plain_truncated, dynamic=False)))
     if device.type == "cuda" and LigerCrossEntropyLoss is not None:
         found.append(
             Provider("Liger-Kernel (no truncation)", LigerCrossEntropyLoss(), truncates=False, overwrites=True)
         )
     return found
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether torch.compile has what it needs: on a CPU, a C++ compiler."""
+    return device.type != "cpu" or any(map(shutil.which, [os.environ.get("CXX", "g++"), "g++", "clang++"]))
 
 
 def make_inputs(N: int, V: int, dtype: torch.dtype, share: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -228,9 +236,11 @@ def main(arguments: list[str]) -> int:
         except KeyboardInterrupt:
             status = report.INTERRUPTED
     if results:
-        report.publish(report.results_path(device, "logits.csv"), heading, results, as_table(results))
+        report.publish(report.results_path(device, "logits.csv", args.quick), heading, results, as_table(results))
         print("* least of the truncated losses. Extra peak: memory beyond the logits, target and returned gradient.")
         print("F.cross_entropy computes another loss: it is the price to compare with, not a rival.")
+    if not compiles(device):
+        print("plain PyTorch, torch.compile: no C++ compiler found")
     if on_gpu and LigerCrossEntropyLoss is None:
         print("Liger-Kernel: not installed")
     return status

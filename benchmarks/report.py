@@ -27,10 +27,10 @@ def describe(device: torch.device) -> str:
     )
 
 
-def results_path(device: torch.device, name: str) -> Path:
-    """results/<device>/<name> next to this file; the folder exists."""
+def results_path(device: torch.device, name: str, quick: bool) -> Path:
+    """results/<device>/<name> next to this file, or .../quick/<name>, which git ignores; the folder exists."""
     slug = "cpu" if device.type == "cpu" else re.sub(r"[^a-z0-9]+", "-", _device_name(device).lower()).strip("-")
-    path = ROOT / "results" / slug / name
+    path = ROOT / "results" / slug / ("quick" if quick else "") / name
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 

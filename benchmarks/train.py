@@ -221,8 +221,8 @@ def main(arguments: list[str]) -> int:
         status = report.INTERRUPTED
     if finished:
         results = [result(*each) for each in finished]
-        report.publish(report.results_path(device, "train.csv"), heading, results, as_table(results))
-        path = report.results_path(device, "train.png")
+        report.publish(report.results_path(device, "train.csv", args.quick), heading, results, as_table(results))
+        path = report.results_path(device, "train.png", args.quick)
         plot(finished, path)
         print(f"Saved {path.relative_to(report.ROOT.parent)}")
     return status

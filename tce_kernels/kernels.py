@@ -326,11 +326,10 @@ def loss_and_dlogits_kernel(
             mask = cols < V
             x = tl.load(row_ptr + cols, mask=cols < tl.where(live, V, 0), other=-float("inf"))
             u = tl.where(mask, _lift(x, logit_scale, softcap, SOFTCAP), -float("inf"))
-            zeros = tl.zeros([BLOCK_V], tl.float32)
-            row_max, sum_exps, sum_us = _accumulate(
-                tl.cast(LOWEST, tl.float32), zeros, zeros, u, mask, scale, SMOOTHING
-            )
-            sum_exp, sum_u = tl.sum(sum_exps, 0), tl.sum(sum_us, 0)
+            row_max = tl.maximum(tl.max(u, 0), tl.cast(LOWEST, tl.float32))
+            sum_exp = tl.sum(tl.exp2((u - row_max) * scale), 0)
+            if SMOOTHING:
+                sum_u = tl.sum(tl.where(mask, u, 0.0), 0)
         elif live:
             row_max, sum_exp, sum_u = _sweep(row_ptr, V, logit_scale, softcap, scale, SOFTCAP, SMOOTHING, PEEL, BLOCK_V)
         lse, coef = _store_row(
