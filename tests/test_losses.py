@@ -155,6 +155,7 @@ def test_rows_beyond_32_bit_offsets(backend, device):
         memory = torch.from_numpy(np.empty(2**31 + 80, dtype=np.int16)).view(torch.bfloat16)
     logits = memory.as_strided((3, 40), (2**30, 1))
     values, target = make_inputs(3, 40, torch.bfloat16, device)
+    target[2] = 5  # not ignored: its offset is the one beyond 32 bits
     logits.copy_(values)
     compact = loss_and_gradient(truncated, values, target, backend=backend, reduction="none")
     strided = loss_and_gradient(truncated, logits, target, backend=backend, reduction="none")
