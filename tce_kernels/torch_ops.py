@@ -10,8 +10,9 @@ import torch
 
 from .stats import COEF, LSE, N_FIELDS
 
-# A block of rows of about this many logits fits the L2 caches of two cores in float32, and is large enough that the
-# cost of calling PyTorch does not show. Measured: 0.7 to 4 million logits are within 3% of each other.
+# Logits in a block of rows: few enough that a block stays in reach of the caches from one operation to the next,
+# enough that the cost of calling PyTorch does not show. Measured for 1024 x 49152 float32 on two cores of a Xeon with
+# 2 MB of L2 each: 2**19 takes a quarter longer, 2**20 a tenth, 2**22 and 2**23 the same.
 BLOCK_LOGITS = 2**21
 TINY = 1e-37
 
@@ -91,7 +92,7 @@ class _Block:
         if label_smoothing:
             gradient -= (of_target * label_smoothing / V)[:, None]
             of_target = of_target * (1 - label_smoothing)
-        gradient[torch.arange(len(target)), target] -= of_target
+        gradient[torch.arange(len(target), device=target.device), target] -= of_target
         if self.softcap is not None:
             gradient *= self.z.div_(self.softcap).square_().neg_().add_(1)
         if selected is not None:

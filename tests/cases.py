@@ -1,13 +1,16 @@
 """Inputs from lost to confident, and comparison with the float64 reference within what the arithmetic explains."""
 
+import importlib.util
 import math
 
+import pytest
 import torch
 
 import tce_kernels
 
 INTERPRETED = not torch.cuda.is_available()
-FAST = ["torch", "triton"]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+FAST = ["torch", pytest.param("triton", marks=needs_triton)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

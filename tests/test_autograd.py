@@ -4,7 +4,16 @@ import contextlib
 
 import pytest
 import torch
-from cases import FAST, INTERPRETED, assert_matches_reference, focal, loss_and_gradient, make_inputs, truncated
+from cases import (
+    FAST,
+    INTERPRETED,
+    assert_matches_reference,
+    focal,
+    loss_and_gradient,
+    make_inputs,
+    needs_triton,
+    truncated,
+)
 from torch.utils.checkpoint import checkpoint
 
 import tce_kernels
@@ -291,6 +300,7 @@ def test_the_detector_of_synchronisation_detects():
         torch.autograd.grad(value, logits)
 
 
+@needs_triton
 @pytest.mark.parametrize("loss", [truncated, focal])
 @pytest.mark.parametrize("options", [*ONCE, *REPEATABLE, {"denominator": 7.5, "weight": True}], ids=str)
 def test_the_triton_path_does_not_synchronise(options, loss, device, monkeypatch):
@@ -369,9 +379,9 @@ def test_module_with_a_threshold_schedule(backend, device):
         assert torch.equal(module(logits, target), truncated(logits, target, threshold=threshold, backend=backend))
 
 
-def test_class_weights_of_another_dtype(device):
+@pytest.mark.parametrize("backend", FAST)
+def test_class_weights_of_another_dtype(backend, device):
     logits, target = make_inputs(N, V, torch.bfloat16, device)
     for dtype in (torch.float64, torch.bfloat16, torch.int64):
         weight = torch.randint(0, 3, (V,), device=device).to(dtype)
-        for backend in FAST:
-            assert_matches_reference(truncated, logits, target, backend=backend, weight=weight)
+        assert_matches_reference(truncated, logits, target, backend=backend, weight=weight)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from cases import FAST
+from cases import FAST, needs_triton
 
 import tce_kernels
 from tce_kernels import FocalCrossEntropyLoss, TruncatedCrossEntropyLoss, focal_cross_entropy, truncated_cross_entropy
@@ -138,6 +138,7 @@ def test_strides_that_would_need_a_copy(backend, device):
     assert truncated_cross_entropy(logits, logits.new_zeros(2, 2, 3, dtype=torch.int64), backend="reference") > 0
 
 
+@needs_triton
 def test_float64_on_triton(device):
     logits, target = arguments(device)
     with pytest.raises(

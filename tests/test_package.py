@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import needs_triton
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tce_kernels"
@@ -60,6 +61,7 @@ def test_without_triton():
     assert "pass backend='torch'" in done.stdout
 
 
+@needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
 def test_triton_without_a_gpu_and_without_the_interpreter():
     done = run("""if True:
