@@ -1,6 +1,7 @@
 """Backward, twice and for second derivatives; registered operators, torch.compile, autocast, memory."""
 
 import contextlib
+import shutil
 
 import pytest
 import torch
@@ -193,12 +194,29 @@ def test_compiled_gives_what_eager_gives(backend, options, device):
         value, stats = function(x)
         return value, *torch.autograd.grad(3 * value.sum(), x), stats.accuracy, *stats
 
-    # The TorchInductor CPU code generator needs a C++ compiler; capture, functionalisation and fakes do not.
+    # Capture, functionalisation and fakes need no C++ compiler, unlike TorchInductor.
     for got, want in zip(run(torch.compile(step, fullgraph=True, backend="aot_eager")), run(step), strict=True):
         if backend == "reference":
             torch.testing.assert_close(got, want)
         else:
             assert torch.equal(got, want)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="TorchInductor needs a C++ compiler")
+@pytest.mark.parametrize("options", [{}, {"reduction": "none", "z_loss": 0.1}], ids=str)
+def test_inductor_gives_what_eager_gives(options, device):
+    torch.compiler.reset()
+    logits, target = make_inputs(N, V, torch.float32, device)
+
+    def step(logits):
+        return truncated(logits * 2, target, **options).sum()
+
+    eager, compiled = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    want, got = step(eager), torch.compile(step, fullgraph=True)(compiled)
+    want.backward()
+    got.backward()
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)  # the sum may be taken in another order
+    assert torch.equal(eager.grad, compiled.grad)
 
 
 @pytest.mark.parametrize("backend", FAST)
