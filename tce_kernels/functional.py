@@ -61,7 +61,7 @@ def truncated_cross_entropy(
             through a mean or sum raises an error.
         return_stats: also return `LossStats`, from the same pass.
         backend: "triton", "torch" or "reference", which never fall back, or "auto": triton for logits on a GPU,
-            torch otherwise. Second derivatives need "reference".
+            torch otherwise. Second derivatives and torch.func.grad need "reference".
 
     Returns:
         float32 (float64 for float64 logits): a scalar, or (...) with reduction="none"; with return_stats=True
