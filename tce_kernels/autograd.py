@@ -1,7 +1,7 @@
 """Registered operators over the two fast backends, and the autograd functions over the operators.
 
 The operators take logits (..., V) as the user passed them and hold everything per row in the shape of the target (...).
-`rows` (6, ...) keeps the numbers per row that backward and the statistics need; `torch_ops` names its fields.
+`rows` (6, ...) keeps the numbers per row that backward and the statistics need; `stats` names its fields.
 """
 
 import torch

@@ -155,7 +155,7 @@ def _store_row(
     coef = tl.where(log_prob == log_prob, coef, log_prob)
     if SMOOTHING:
         uniform = unit * (row_max - sum_u / V) + log_sum  # lse - mean(z)
-        phi = tl.where(coef == 0.0, 0.0, phi + label_smoothing * (log_prob + uniform))
+        phi = (1.0 - label_smoothing) * phi + label_smoothing * uniform
     phi += z_loss * lse * lse
 
     coef = tl.where(live & (row_scale != 0.0), coef, 0.0)

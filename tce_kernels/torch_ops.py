@@ -121,7 +121,7 @@ def _block_loss(block, x, target, row_scale, param, rule, alpha, z_loss, label_s
     coef = torch.where(log_prob.isnan(), log_prob, coef)
     coef = torch.where(row_scale == 0, 0, coef)
     if label_smoothing:
-        phi = phi + label_smoothing * (log_prob + lse - z.mean(1))
+        phi = (1 - label_smoothing) * phi + label_smoothing * (lse - z.mean(1))
     if z_loss:
         phi = phi + z_loss * lse * lse
     loss = torch.where(coef == 0, 0, row_scale * phi)

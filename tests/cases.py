@@ -49,12 +49,11 @@ def assert_matches_reference(loss, logits, target, *, backend, **options):
 
 
 def assert_close(value, exact, gradient, exact_gradient, compute, backend, options):
-    # A mean or a sum of at most 64 rows is no further off than its worst row times the rows.
-    rows = 1 if value.dim() else 16
-    torch.testing.assert_close(value.double(), exact, atol=2e-6 * rows, rtol=1e-5, equal_nan=True)
-    # float32 arithmetic: p is off by about eps |z|, relative; p - 1 by eps, absolute; both times the row's factor.
+    torch.testing.assert_close(value.double(), exact, atol=2e-6, rtol=1e-5, equal_nan=True)
+    # float32 arithmetic: p is off by about eps |z|, relative; p - 1 by eps, absolute; both times the row's factor,
+    # in which z-loss has 2 lse, at most 50 for these inputs.
     factor = (options.get("logit_scale", 1.0)) * max(1.0, _largest(options.get("token_weight")))
-    factor *= max(1.0, _largest(options.get("weight"))) * (1 + 100 * options.get("z_loss", 0.0))
+    factor *= max(1.0, _largest(options.get("weight"))) * (1 + 50 * options.get("z_loss", 0.0))
     eps = torch.finfo(gradient.dtype).eps
     # Rounded once or, where the upstream gradient comes after, twice: eps / 2 each. The interpreter truncates
     # float32 to bfloat16 where a GPU rounds: eps each.

@@ -129,6 +129,18 @@ def test_masked_vocabulary(backend, device, small_blocks):
     assert (gradient[logits == -math.inf] == 0).all()
 
 
+@pytest.mark.parametrize("loss, options", [(cross_entropy, {}), (truncated, {"label_smoothing": 0.1}), (focal, {})])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_masked_target_has_an_infinite_loss_and_a_finite_gradient(backend, loss, options, device, small_blocks):
+    logits, target = make_inputs(N, V, torch.float32, device)
+    logits[0, target[0]] = -math.inf
+    value, gradient = run(logits, target, backend, loss, reduction="none", **options)
+    assert value[0] == math.inf
+    exact = run(logits.double(), target, "reference", loss, reduction="none", **options)
+    torch.testing.assert_close(gradient.double(), exact[1], atol=1e-6, rtol=1e-5)
+    assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("offset", [1e4, -1e4, 3e38, -3e38, 1e30])
 @pytest.mark.parametrize("backend", FAST)
 def test_huge_logits_lose_no_digits(backend, offset, device, small_blocks):
