@@ -1,17 +1,25 @@
 """Truncated, focal and plain cross-entropy for large vocabularies."""
 
 from . import reference
-from .functional import focal_cross_entropy, truncated_cross_entropy
-from .modules import FocalCrossEntropyLoss, TruncatedCrossEntropyLoss
+from .functional import (
+    focal_cross_entropy,
+    linear_focal_cross_entropy,
+    linear_truncated_cross_entropy,
+    truncated_cross_entropy,
+)
+from .modules import FocalCrossEntropyLoss, LinearTruncatedCrossEntropyLoss, TruncatedCrossEntropyLoss
 from .stats import LossStats
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FocalCrossEntropyLoss",
+    "LinearTruncatedCrossEntropyLoss",
     "LossStats",
     "TruncatedCrossEntropyLoss",
     "focal_cross_entropy",
+    "linear_focal_cross_entropy",
+    "linear_truncated_cross_entropy",
     "reference",
     "truncated_cross_entropy",
 ]

@@ -14,7 +14,7 @@ from .torch_ops import compute_dtype
 
 SECOND_BACKWARD = (
     "the gradient of this loss was made in place and has been handed out, or the logits were modified since: "
-    "it can be differentiated only once. Pass allow_retain_graph=True to recompute it from the logits each time."
+    "it can be differentiated only once. Pass allow_retain_graph=True to recompute the gradient each time."
 )
 DOUBLE_BACKWARD = (
     "double backward is not supported by backend={!r}: its gradient is not differentiable. "
@@ -22,7 +22,7 @@ DOUBLE_BACKWARD = (
 )
 
 
-def _backend(name: str, logits: Tensor):
+def backend_of(name: str, logits: Tensor):
     if name == "torch":
         return torch_ops
     try:
@@ -63,11 +63,11 @@ def _as_rows_of(logits: Tensor, out: Tensor) -> Tensor:
     return out.view(as_rows(logits).shape) if out.is_contiguous() else as_rows(out)
 
 
-def _flat(tensor: Tensor) -> Tensor:
+def flat(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1)
 
 
-def _check_target(target: Tensor, V: int, ignore_index: int) -> None:
+def check_target(target: Tensor, V: int, ignore_index: int) -> None:
     """On a CPU, where looking is free, a bad target is an error; elsewhere its row becomes NaN."""
     if target.device.type != "cpu":
         return
@@ -87,9 +87,9 @@ def row_loss(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Loss (...) and rows (6, ...), from one read of the logits."""
     if backend == "torch":
-        _check_target(target, logits.shape[-1], ignore_index)
-    loss, rows = _backend(backend, logits).row_loss(
-        as_rows(logits), _flat(target), _flat(row_scale), param, rule=rule, alpha=alpha, ignore_index=ignore_index,
+        check_target(target, logits.shape[-1], ignore_index)
+    loss, rows = backend_of(backend, logits).row_loss(
+        as_rows(logits), flat(target), flat(row_scale), param, rule=rule, alpha=alpha, ignore_index=ignore_index,
         z_loss=z_loss, label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale,
     )  # fmt: skip
     return loss.view(target.shape), rows.view(N_FIELDS, *target.shape)
@@ -107,8 +107,8 @@ def dlogits(
     z_loss: float, label_smoothing: float, softcap: float | None, logit_scale: float, backend: str,
 ) -> None:  # fmt: skip
     """Gradient (..., V) for row_grad (...) = upstream gradient * row_scale, to out, which may be the logits."""
-    _backend(backend, logits).dlogits(
-        as_rows(logits), _flat(target), _flat(row_grad), rows.reshape(N_FIELDS, -1), _as_rows_of(logits, out),
+    backend_of(backend, logits).dlogits(
+        as_rows(logits), flat(target), flat(row_grad), rows.reshape(N_FIELDS, -1), _as_rows_of(logits, out),
         z_loss=z_loss, label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale,
     )  # fmt: skip
 
@@ -121,9 +121,9 @@ def loss_and_dlogits(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Sum of the losses [] and rows (6, ...), and the gradient to out for an upstream gradient of 1, in one pass."""
     if backend == "torch":
-        _check_target(target, logits.shape[-1], ignore_index)
-    loss, rows = _backend(backend, logits).loss_and_dlogits(
-        as_rows(logits), _flat(target), _flat(row_scale), param, _as_rows_of(logits, out), rule=rule, alpha=alpha,
+        check_target(target, logits.shape[-1], ignore_index)
+    loss, rows = backend_of(backend, logits).loss_and_dlogits(
+        as_rows(logits), flat(target), flat(row_scale), param, _as_rows_of(logits, out), rule=rule, alpha=alpha,
         ignore_index=ignore_index, z_loss=z_loss, label_smoothing=label_smoothing, softcap=softcap,
         logit_scale=logit_scale,
     )  # fmt: skip
@@ -139,19 +139,20 @@ def _(logits, target, *_):
 @custom_op("tce_kernels::scale_", mutates_args={"dlogits"})
 def scale_(dlogits: Tensor, factor: Tensor, backend: str) -> None:
     """dlogits (..., V) *= factor []; memory is not touched if the factor is 1."""
-    _backend(backend, dlogits).scale_(as_rows(dlogits), factor)
+    backend_of(backend, dlogits).scale_(as_rows(dlogits), factor)
 
 
 class _Anchor(torch.autograd.Function):
-    """logits -> a tensor without elements that is connected to them, yet does not keep their memory."""
+    """Tensors -> a tensor without elements that is connected to them, yet does not keep their memory."""
 
     @staticmethod
-    def forward(ctx, logits):
-        return logits.new_empty(0)
+    def forward(ctx, *tensors):
+        ctx.n_tensors = len(tensors)
+        return tensors[0].new_empty(0)
 
     @staticmethod
     def backward(ctx, _):
-        return None
+        return (None,) * ctx.n_tensors
 
 
 class _RefuseDoubleBackward(torch.autograd.Function):
@@ -167,7 +168,7 @@ class _RefuseDoubleBackward(torch.autograd.Function):
         raise RuntimeError(DOUBLE_BACKWARD.format(ctx.backend))
 
 
-def _hand_out(gradient: Tensor, anchor: Tensor | None, backend: str) -> Tensor:
+def hand_out(gradient: Tensor, anchor: Tensor | None, backend: str) -> Tensor:
     """A gradient that says so if somebody differentiates it; a compiled graph refuses that by itself."""
     if anchor is not None and torch.is_grad_enabled():
         return _RefuseDoubleBackward.apply(gradient, anchor, backend)
@@ -178,10 +179,11 @@ def _empty_like(logits: Tensor) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def differentiable(function, logits: Tensor, *arguments):
-    """function.apply, for the two functions below."""
-    anchor = None if torch.compiler.is_compiling() else _Anchor.apply(logits)
-    return function.apply(logits, anchor, *arguments)
+def differentiable(function, tensors: tuple[Tensor | None, ...], *arguments):
+    """function.apply(*tensors, anchor, *arguments): the tensors are what it may have to differentiate."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    anchor = None if torch.compiler.is_compiling() else _Anchor.apply(*present)
+    return function.apply(*tensors, anchor, *arguments)
 
 
 class LossAndGradient(torch.autograd.Function):
@@ -210,7 +212,7 @@ class LossAndGradient(torch.autograd.Function):
             raise RuntimeError(SECOND_BACKWARD) from error
         with torch.no_grad():
             scale_(out, grad_loss, ctx.backend)
-        return _hand_out(out, anchor, ctx.backend), *[None] * 13
+        return hand_out(out, anchor, ctx.backend), *[None] * 13
 
 
 class RowLoss(torch.autograd.Function):
@@ -243,4 +245,11 @@ class RowLoss(torch.autograd.Function):
             logits = logits.detach()
             out = logits if ctx.inplace else _empty_like(logits)
             dlogits(logits, target, grad_loss * row_scale, rows, out, *ctx.options)
-        return _hand_out(out, anchor, ctx.options[-1]), *[None] * 13
+        return hand_out(out, anchor, ctx.options[-1]), *[None] * 13
+
+
+def loss_and_rows(logits: Tensor, *arguments, in_forward: bool, inplace: bool):
+    """Loss and rows: per row (...), or their sum [] where the gradient is made in forward."""
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        return row_loss(logits, *arguments)
+    return differentiable(LossAndGradient if in_forward else RowLoss, (logits,), *arguments, inplace)

@@ -5,8 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from . import autograd, checks, reference, stats
+from . import autograd, checks, linear, reference, stats
 from .stats import LossStats
+from .torch_ops import compute_dtype
 
 
 def truncated_cross_entropy(
@@ -82,11 +83,11 @@ def truncated_cross_entropy(
     )  # fmt: skip
     placing = dict(inplace=inplace, allow_retain_graph=allow_retain_graph)
     checks.check_threshold(threshold)
-    backend = _checked_backend(logits, target, threshold, backend, **options, **placing)
+    backend = _check(logits, target, threshold, backend, **options, **placing)
     if backend == "reference":
         return reference.truncated_cross_entropy(logits, target, threshold, **options)
-    param = threshold if isinstance(threshold, Tensor) else float(threshold)
-    return _loss(logits, target, "truncated", param, 1.0, backend, **options, **placing)
+    rule = "truncated", _log_threshold(threshold), 1.0
+    return _logits_loss(logits, target, rule, backend, **options, **placing)
 
 
 def focal_cross_entropy(
@@ -130,61 +131,226 @@ def focal_cross_entropy(
     )  # fmt: skip
     placing = dict(inplace=inplace, allow_retain_graph=allow_retain_graph)
     checks.check_focal(gamma, alpha, label_smoothing)
-    backend = _checked_backend(logits, target, None, backend, **options, **placing)
+    backend = _check(logits, target, None, backend, **options, **placing)
     if backend == "reference":
         return reference.focal_cross_entropy(logits, target, gamma, alpha=alpha, **options)
-    return _loss(logits, target, "focal", float(gamma), float(alpha), backend, **options, **placing)
+    return _logits_loss(logits, target, ("focal", float(gamma), float(alpha)), backend, **options, **placing)
 
 
-def _checked_backend(
-    logits, target, threshold, backend, *, weight, token_weight, denominator, inplace, **options
-) -> str:
-    """Check everything; the backend that `backend` stands for."""
-    checks.check_options(
-        weight=weight, token_weight=token_weight, denominator=denominator, inplace=inplace, backend=backend, **options
-    )
-    if backend == "auto":
-        backend = "triton" if isinstance(logits, Tensor) and logits.is_cuda else "torch"
-    checks.check_tensors(
-        logits, target, threshold,
-        weight=weight, token_weight=token_weight, denominator=denominator, inplace=inplace, backend=backend,
+def linear_truncated_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    threshold: float | Tensor = 0.9,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    denominator: str | float | Tensor = "valid",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    allow_retain_graph: bool = False,
+    return_stats: bool = False,
+    backend: str = "auto",
+    chunk_size: int | str = "auto",
+    accumulate_dtype: torch.dtype = torch.float32,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """`truncated_cross_entropy` of the logits input linear_weight^T + linear_bias, which are never all in memory.
+
+    Rows that are dropped take no part in the two matmuls of the gradients, and ignored rows in none: with a share `a`
+    kept, 2 N D V (1 + 2 a) floating-point operations instead of 6 N D V. Under torch.no_grad, or where nothing
+    requires grad, 2 N D V and no memory for gradients: evaluation without logits.
+
+    Args:
+        input: (..., D) float16, bfloat16, float32 (or float64, not on Triton).
+        linear_weight: (V, D), the dtype of the input. Under torch.autocast the dtypes may differ: the matmuls are in
+            autocast's dtype, each gradient in the dtype of its tensor.
+        target: (...) int32 or int64, in [0, V) or `ignore_index`. A bad target is an IndexError on a CPU; on a GPU its
+            loss is NaN, and so is the gradient of the whole weight, which sums over the rows.
+        linear_bias: (V,), the dtype of the input, or None.
+        chunk_size: how many rows have their logits in memory at a time. "auto" is 1024 on a CPU and elsewhere
+            max(2048, 2^29 // (V * bytes of a logit)). Peak memory beyond inputs and gradients is that of
+            1.5 chunk_size V logits, and up to 24 MiB on a CPU. Chunks change the order of sums, nothing else.
+        accumulate_dtype: of the sums over rows in the gradients of weight and bias, which are rounded once, at the end;
+            never narrower than the matmuls. The sums stay in it inside the matmul where torch and the device can
+            (addmm with out_dtype). Where they cannot, as on a CPU, a 16-bit matmul rounds its product for each chunk.
+        threshold and the other options: as in `truncated_cross_entropy`. The gradients of a mean or sum are made
+            during the forward call; for reduction="none" or allow_retain_graph=True, backward makes the logits of the
+            kept rows again.
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or (...) with reduction="none"; with return_stats=True
+        (loss, LossStats).
+
+    Raises:
+        As `truncated_cross_entropy`.
+
+    On a GPU the host waits once before the first chunk and once in each, to learn how many rows are left.
+
+    Source: equation 3 of arXiv:2509.08972; the order of the matmuls is this package's own.
+    """
+    options = dict(
+        weight=weight, token_weight=token_weight, ignore_index=ignore_index, reduction=reduction,
+        denominator=denominator, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+        logit_scale=logit_scale, return_stats=return_stats,
     )  # fmt: skip
+    placing = dict(allow_retain_graph=allow_retain_graph, chunk_size=chunk_size, accumulate_dtype=accumulate_dtype)
+    checks.check_threshold(threshold)
+    head = input, linear_weight, linear_bias
+    backend = _check_linear(head, target, threshold, backend, **options, **placing)
+    if backend == "reference":
+        return reference.linear_truncated_cross_entropy(
+            input, linear_weight, target, threshold, linear_bias=linear_bias, **options
+        )
+    rule = "truncated", _log_threshold(threshold), 1.0
+    return _linear_loss(head, target, rule, backend, **options, **placing)
+
+
+def linear_focal_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    gamma: float = 2.0,
+    *,
+    alpha: float = 1.0,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    denominator: str | float | Tensor = "valid",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    allow_retain_graph: bool = False,
+    return_stats: bool = False,
+    backend: str = "auto",
+    chunk_size: int | str = "auto",
+    accumulate_dtype: torch.dtype = torch.float32,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """`focal_cross_entropy` of the logits input linear_weight^T + linear_bias, which are never all in memory.
+
+    Args:
+        gamma, alpha, label_smoothing: as in `focal_cross_entropy`.
+        The others, and what is returned and raised: as in `linear_truncated_cross_entropy`.
+
+    Source: Lin et al. 2017, arXiv:1708.02002, equation 5.
+    """
+    options = dict(
+        weight=weight, token_weight=token_weight, ignore_index=ignore_index, reduction=reduction,
+        denominator=denominator, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+        logit_scale=logit_scale, return_stats=return_stats,
+    )  # fmt: skip
+    placing = dict(allow_retain_graph=allow_retain_graph, chunk_size=chunk_size, accumulate_dtype=accumulate_dtype)
+    checks.check_focal(gamma, alpha, label_smoothing)
+    head = input, linear_weight, linear_bias
+    backend = _check_linear(head, target, None, backend, **options, **placing)
+    if backend == "reference":
+        return reference.linear_focal_cross_entropy(
+            input, linear_weight, target, gamma, alpha=alpha, linear_bias=linear_bias, **options
+        )
+    return _linear_loss(head, target, ("focal", float(gamma), float(alpha)), backend, **options, **placing)
+
+
+def _check(logits, target, threshold, backend, *, weight, token_weight, denominator, inplace, **options) -> str:
+    """Check everything; the backend that `backend` stands for."""
+    per_row = dict(weight=weight, token_weight=token_weight, denominator=denominator)
+    checks.check_options(inplace=inplace, backend=backend, **per_row, **options)
+    backend = _chosen(backend, logits)
+    checks.check_logits(logits, inplace=inplace, backend=backend)
+    checks.check_rows(target, threshold, "logits", logits, logits.shape[-1], **per_row)
     return backend
 
 
-def _loss(
-    logits, target, rule, param, alpha, backend, *, weight, token_weight, ignore_index, reduction, denominator,
-    label_smoothing, z_loss, softcap, logit_scale, return_stats, inplace, allow_retain_graph,
-):  # fmt: skip
-    dtype = autograd.compute_dtype(logits.dtype)
-    if rule == "truncated":
-        param = param.detach().double().log() if isinstance(param, Tensor) else math.log(param)
-    param = param.to(dtype) if isinstance(param, Tensor) else torch.full((), param, dtype=dtype, device=logits.device)
+def _check_linear(
+    head, target, threshold, backend, *, weight, token_weight, denominator, chunk_size, accumulate_dtype, **options
+) -> str:
+    """Check everything; the backend that `backend` stands for."""
+    per_row = dict(weight=weight, token_weight=token_weight, denominator=denominator)
+    checks.check_options(backend=backend, **per_row, **options)
+    checks.check_chunks(chunk_size, accumulate_dtype)
+    input, linear_weight, _ = head
+    backend = _chosen(backend, input)
+    checks.check_head(*head, backend=backend)
+    checks.check_rows(target, threshold, "input", input, len(linear_weight), **per_row)
+    return backend
 
+
+def _chosen(backend: str, tensor) -> str:
+    if backend == "auto":
+        return "triton" if isinstance(tensor, Tensor) and tensor.is_cuda else "torch"
+    return backend
+
+
+def _log_threshold(threshold: float | Tensor) -> float | Tensor:
+    return threshold.detach().double().log() if isinstance(threshold, Tensor) else math.log(threshold)
+
+
+def _logits_loss(logits, target, rule, backend, *, inplace, allow_retain_graph, **options):
+    # float16 gradients of a mean would underflow before a gradient scaler gets to multiply them, so their rounding
+    # waits for backward and the upstream gradient. So does what is divided by a sum known only after all rows.
+    late = allow_retain_graph or logits.dtype == torch.float16 or _by_kept(options["denominator"])
+
+    def path(*arguments, scalar):
+        return autograd.loss_and_rows(logits, *arguments, backend, in_forward=scalar and not late, inplace=inplace)
+
+    return _loss(path, target, rule, logits.shape[-1], logits.dtype, **options)
+
+
+def _linear_loss(
+    head, target, rule, backend, *, allow_retain_graph, chunk_size, accumulate_dtype, **options
+):  # fmt: skip
+    input, linear_weight, _ = head
+    dtype = linear.matmul_dtype(input)
+
+    def path(*arguments, scalar):
+        return linear.loss_and_rows(
+            *head, *arguments, backend, None if chunk_size == "auto" else chunk_size, dtype, accumulate_dtype,
+            in_forward=scalar and not allow_retain_graph,
+        )  # fmt: skip
+
+    # Divided last, float16 gradients do not underflow on the way: the division meets their sums over rows.
+    return _loss(path, target, rule, len(linear_weight), dtype, divide_last=dtype == torch.float16, **options)
+
+
+def _by_kept(denominator) -> bool:
+    return isinstance(denominator, str) and denominator == "kept"
+
+
+def _loss(
+    path, target, rule, V, dtype, *, weight, token_weight, ignore_index, reduction, denominator, label_smoothing,
+    z_loss, softcap, logit_scale, return_stats, divide_last=False,
+):  # fmt: skip
+    """What the paths share: `rows` of one number each before, the reduction after."""
+    name, param, alpha = rule
+    dtype = compute_dtype(dtype)
+    if isinstance(param, Tensor):
+        param = param.to(dtype)
+    else:
+        param = torch.full((), param, dtype=dtype, device=target.device)
     valid = target != ignore_index
-    row_scale = _row_weight(valid, target, weight, token_weight, logits.shape[-1], dtype)
-    divide_last = reduction == "mean" and isinstance(denominator, str) and denominator == "kept"
+    row_scale = _row_weight(valid, target, weight, token_weight, V, dtype)
+    divide_last = divide_last or _by_kept(denominator)
+    total = row_scale.sum() if isinstance(denominator, str) else denominator
     if reduction == "mean" and not divide_last:
-        total = row_scale.sum() if isinstance(denominator, str) else denominator
         row_scale = row_scale * _inverse(total, row_scale)
 
-    arguments = (
-        logits, target, row_scale, param, rule, alpha, ignore_index, float(z_loss), float(label_smoothing),
-        None if softcap is None else float(softcap), float(logit_scale), backend,
+    loss, rows = path(
+        target, row_scale, param, name, alpha, ignore_index, float(z_loss), float(label_smoothing),
+        None if softcap is None else float(softcap), float(logit_scale), scalar=reduction != "none",
     )  # fmt: skip
-    # float16 gradients of a mean would underflow before a gradient scaler gets to multiply them, so their rounding
-    # waits for backward and the upstream gradient.
-    in_forward = reduction != "none" and not divide_last and not allow_retain_graph and logits.dtype != torch.float16
-    if not (torch.is_grad_enabled() and logits.requires_grad):
-        loss, rows = autograd.row_loss(*arguments)
-    else:
-        function = autograd.LossAndGradient if in_forward else autograd.RowLoss
-        loss, rows = autograd.differentiable(function, *arguments, inplace)
 
     if reduction != "none":
         loss = loss.sum()
-    if divide_last:
-        loss = loss * _inverse((row_scale * (rows[stats.COEF] != 0)).sum(), row_scale)
+    if reduction == "mean" and divide_last:
+        if _by_kept(denominator):
+            total = (row_scale * (rows[stats.COEF] != 0)).sum()
+        loss = loss * _inverse(total, row_scale)
     return (loss, stats.from_rows(rows, valid)) if return_stats else loss
 
 

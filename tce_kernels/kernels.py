@@ -294,7 +294,7 @@ def dlogits_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["inner", "N", "ignore_index"])
+@triton.jit(do_not_specialize=["inner", "N", "ignore_index", "fill"])
 def loss_and_dlogits_kernel(
     dlogits_ptr,  # [outer, inner, V]; may be logits
     logits_ptr,  # [outer, inner, V]
@@ -304,13 +304,14 @@ def loss_and_dlogits_kernel(
     loss_ptr,  # [N] fp32
     rows_ptr,  # [6, N] fp32
     stride_dlogits_outer, stride_dlogits_inner, stride_logits_outer, stride_logits_inner, inner, N, V,
-    ignore_index, alpha, z_loss, label_smoothing, softcap, logit_scale,
+    ignore_index, fill, alpha, z_loss, label_smoothing, softcap, logit_scale,
     RULE: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, PEEL: tl.constexpr, BLOCK_V: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Both of the above for an upstream gradient of 1; each program takes every num_programs-th row.
 
-    A kept row is read a second time, from L2; with ONE_BLOCK (V <= BLOCK_V) it stays in registers instead.
+    A kept row is read a second time, from L2; with ONE_BLOCK (V <= BLOCK_V) it stays in registers instead. Dropped
+    rows are filled with zeros, or not written if `fill` is 0.
     """
     unit = tl.cast(softcap if SOFTCAP else logit_scale, tl.float32)
     scale = unit * tl.cast(LOG2_E, tl.float32)
@@ -340,11 +341,12 @@ def loss_and_dlogits_kernel(
         of_exp, of_target, of_ones = _row_gradient(
             row_scale, coef, lse, sum_exp, z_loss, label_smoothing, logit_scale, V
         )
+        written = (coef != 0.0) | (fill != 0)
         if ONE_BLOCK:
             gradient = _gradient(u, cols, target, row_max, of_exp, of_target, of_ones, scale, SOFTCAP, SMOOTHING)
             gradient = tl.where(coef != 0.0, gradient, 0.0)
-            tl.store(dlogits_row_ptr + cols, gradient, mask=mask, cache_modifier=".cs")
-        else:
+            tl.store(dlogits_row_ptr + cols, gradient, mask=cols < tl.where(written, V, 0), cache_modifier=".cs")
+        elif written:
             _write_gradient(
                 dlogits_row_ptr, row_ptr, V, target, row_max, of_exp, of_target, of_ones, coef != 0.0,
                 logit_scale, softcap, scale, SOFTCAP, SMOOTHING, PEEL, BLOCK_V,
@@ -368,6 +370,24 @@ def scale_kernel(
             mask = cols < V
             gradient = tl.load(row_ptr + cols, mask=mask)
             tl.store(row_ptr + cols, gradient.to(tl.float32) * factor, mask=mask)
+
+
+@triton.jit
+def move_rows_kernel(
+    rows_ptr,  # [n, V], V contiguous
+    source_ptr,  # [K] int64
+    stride_rows_n, V,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Program i copies row source[i] over row i. No row may be both read and written, so rows that stay are skipped."""
+    row = tl.cast(tl.program_id(0), tl.int64)
+    source = tl.load(source_ptr + row)
+    if source != row:
+        for start in range(0, V, BLOCK_V):
+            cols = start + tl.arange(0, BLOCK_V)
+            mask = cols < V
+            x = tl.load(rows_ptr + source * stride_rows_n + cols, mask=mask)
+            tl.store(rows_ptr + row * stride_rows_n + cols, x, mask=mask)
 
 
 # 16 logits a thread: they, their addresses and their partial sums fit in its registers. Not tuned on a GPU yet.
@@ -466,9 +486,12 @@ def dlogits(logits, target, row_grad, rows, out, *, z_loss, label_smoothing, sof
 
 def loss_and_dlogits(
     logits, target, row_scale, param, out, *,
-    rule, alpha, ignore_index, z_loss, label_smoothing, softcap, logit_scale,
+    rule, alpha, ignore_index, z_loss, label_smoothing, softcap, logit_scale, fill=True,
 ):  # fmt: skip
-    """`row_loss`, and `dlogits` for an upstream gradient of 1, in one launch."""
+    """`row_loss`, and `dlogits` for an upstream gradient of 1, in one launch.
+
+    Without `fill` the dropped rows of `out` stay as they were; with it they become zeros.
+    """
     outer, inner, V = logits.shape
     N = outer * inner
     loss = torch.empty(N, dtype=torch.float32, device=logits.device)
@@ -477,11 +500,30 @@ def loss_and_dlogits(
         with _device(logits):
             loss_and_dlogits_kernel[(_n_programs(logits),)](
                 out, logits, target, row_scale, param, loss, rows, *_strides(out), *_strides(logits), inner, N, V,
-                ignore_index, alpha, z_loss, label_smoothing, softcap or 1.0, logit_scale,
+                ignore_index, int(fill), alpha, z_loss, label_smoothing, softcap or 1.0, logit_scale,
                 RULE=rule, **_access(logits, out), ONE_BLOCK=V <= BLOCK_V,
                 **_flags(softcap, label_smoothing), **_launch_options(),
             )  # fmt: skip
     return loss, rows
+
+
+def loss_and_kept_dlogits(logits, target, row_scale, param, **options):
+    """`loss_and_dlogits` over the logits [1, n, V], packed: the gradients of the K kept rows become its first K rows.
+
+    Returns loss [n], rows [6, n] and kept [K]: row i of the logits now holds the gradient of row kept[i].
+    """
+    loss, rows = loss_and_dlogits(logits, target, row_scale, param, logits, fill=False, **options)
+    is_kept = rows[stats.COEF] != 0
+    kept = is_kept.nonzero().squeeze(1)  # here the host waits, to learn K
+    K = len(kept)
+    if K in (0, len(is_kept)):
+        return loss, rows, kept
+    # The first K rows have as many gaps as there are kept rows behind them: gap h takes the h-th from the end.
+    gap = is_kept[:K].logical_not().cumsum(0)
+    source = torch.where(is_kept[:K], torch.arange(K, device=gap.device), kept[-gap])
+    with _device(logits):
+        move_rows_kernel[(K,)](logits, source, logits.stride(1), logits.shape[2], BLOCK_V=BLOCK_V, **_launch_options())
+    return loss, rows, source
 
 
 def scale_(dlogits, factor):

@@ -1,9 +1,10 @@
 """The losses as modules without parameters."""
 
+import torch
 from torch import Tensor, nn
 
 from . import checks
-from .functional import focal_cross_entropy, truncated_cross_entropy
+from .functional import focal_cross_entropy, linear_truncated_cross_entropy, truncated_cross_entropy
 from .stats import LossStats
 
 
@@ -36,6 +37,45 @@ class TruncatedCrossEntropyLoss(_Loss):
         """Loss of logits (..., V) and target (...). Options given here (token_weight, say) go before the module's."""
         options = {"weight": self.weight, **self.options, **options}
         return truncated_cross_entropy(logits, target, self.threshold, **options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, [f"threshold={self.threshold}", super().extra_repr()]))
+
+
+class LinearTruncatedCrossEntropyLoss(_Loss):
+    """`linear_truncated_cross_entropy` with its threshold and options, which are checked here.
+
+    Args:
+        threshold, **options: as in `linear_truncated_cross_entropy`.
+    """
+
+    def __init__(
+        self,
+        threshold: float | Tensor = 0.9,
+        *,
+        chunk_size: int | str = "auto",
+        accumulate_dtype: torch.dtype = torch.float32,
+        **options,
+    ):
+        checks.check_threshold(threshold)
+        checks.check_chunks(chunk_size, accumulate_dtype)
+        if "inplace" in options:
+            raise TypeError("inplace is not an option of the linear loss, which never has all logits")
+        super().__init__(options)
+        self.options |= dict(chunk_size=chunk_size, accumulate_dtype=accumulate_dtype)
+        self.threshold = threshold
+
+    def forward(
+        self, input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None = None, **options
+    ) -> Tensor | tuple[Tensor, LossStats]:
+        """Loss of input (..., D), linear_weight (V, D), target (...) and linear_bias (V,).
+
+        Options given here (token_weight, say) go before the module's.
+        """
+        options = {"weight": self.weight, **self.options, **options}
+        return linear_truncated_cross_entropy(
+            input, linear_weight, target, self.threshold, linear_bias=linear_bias, **options
+        )
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, [f"threshold={self.threshold}", super().extra_repr()]))

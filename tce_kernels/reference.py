@@ -32,6 +32,22 @@ def focal_cross_entropy(logits: Tensor, target: Tensor, gamma: float = 2.0, *, a
     return _loss(logits, target, phi, lambda s: torch.full_like(s, alpha != 0, dtype=torch.bool), **options)
 
 
+def linear_truncated_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, threshold: float | Tensor = 0.9, *,
+    linear_bias: Tensor | None = None, **options,
+):  # fmt: skip
+    """`truncated_cross_entropy` of the logits input linear_weight^T + linear_bias."""
+    return truncated_cross_entropy(F.linear(input, linear_weight, linear_bias), target, threshold, **options)
+
+
+def linear_focal_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, gamma: float = 2.0, *,
+    linear_bias: Tensor | None = None, **options,
+):  # fmt: skip
+    """`focal_cross_entropy` of the logits input linear_weight^T + linear_bias."""
+    return focal_cross_entropy(F.linear(input, linear_weight, linear_bias), target, gamma, **options)
+
+
 def _loss(
     logits: Tensor,
     target: Tensor,

@@ -77,6 +77,16 @@ class _Block:
         self.p = torch.softmax(self.z, 1, out=self.p_memory[: len(x)])
         return self.z
 
+    def keep(self, kept, out):
+        """Leave only the rows `kept` [K] in the block, on their way to out [K, V] where that saves memory."""
+        if len(kept) == len(self.p):
+            return
+        if self.softcap is not None:  # the gradient needs z as well
+            self.p, self.z = self.p[kept], self.z[kept]
+        else:
+            free = out if out.dtype == self.p.dtype else self.z_memory[: len(kept)]
+            self.p = torch.index_select(self.p, 0, kept, out=free)
+
     def write_gradient(self, out, selected, target, row_grad, rows, z_loss, label_smoothing):
         """Write the gradient to the selected rows of out [R, V], which may be the logits, and zeros to the others."""
         V = out.shape[1]
@@ -154,6 +164,37 @@ def loss_and_dlogits(
                 z_loss, label_smoothing,
             )  # fmt: skip
     return loss, rows
+
+
+def loss_and_kept_dlogits(
+    logits, target, row_scale, param, *,
+    rule, alpha, ignore_index, z_loss, label_smoothing, softcap, logit_scale,
+):  # fmt: skip
+    """Loss and gradient of the logits [1, n, V], no row of which is ignored, for an upstream gradient of 1, packed.
+
+    Returns loss [n], rows [6, n] and kept [K]: row i < K of the logits now holds the gradient of row kept[i].
+    """
+    dtype = compute_dtype(logits.dtype)
+    n, V = logits.shape[1:]
+    loss = torch.empty(n, dtype=dtype, device=logits.device)
+    rows = torch.empty(N_FIELDS, n, dtype=dtype, device=logits.device)
+    block = _Block(logits, logit_scale, softcap)
+    kept_rows, n_kept = [], 0
+    for row, index in _blocks(logits):
+        loss[row], block_rows = _block_loss(
+            block, logits[index], target[row], row_scale[row], param, rule, alpha, z_loss, label_smoothing
+        )
+        rows[:, row] = block_rows
+        kept = (block_rows[COEF] != 0).nonzero().squeeze(1)
+        out = logits[0, n_kept : n_kept + len(kept)]  # at most as far as this block, which has been read
+        block.keep(kept, out)
+        block.write_gradient(
+            out, None, target[row][kept].clamp(0, V - 1), row_scale[row][kept], block_rows[:, kept],
+            z_loss, label_smoothing,
+        )  # fmt: skip
+        kept_rows.append(kept + row.start)
+        n_kept += len(kept)
+    return loss, rows, torch.cat(kept_rows) if kept_rows else target.new_empty(0, dtype=torch.int64)
 
 
 def row_loss(logits, target, row_scale, param, **options):
