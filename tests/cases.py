@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import tce_kernels
 
@@ -77,6 +78,59 @@ def _bits(tensor):
     return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
+def make_linear_inputs(N, D, V, dtype, device, seed=0, confident=1 / 3):
+    """Input [N, D], weight [V, D], bias [V] and target [N], one in four ignored.
+
+    A share `confident` of the rows points at its target's row of the weight, the others are at a right angle to it:
+    far enough on either side of a threshold of 0.6 for the rounding of 16-bit logits.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    input = torch.randn(N, D, generator=generator)
+    weight = F.normalize(torch.randn(V, D, generator=generator))
+    bias = 0.1 * torch.randn(V, generator=generator)
+    target = torch.randint(V, (N,), generator=generator)
+    target[-1] = V - 1
+    towards = weight[target]
+    input -= (input * towards).sum(1, keepdim=True) * towards
+    rows = torch.randperm(N, generator=generator)[: round(confident * N)]
+    input[rows] = 60 * towards[rows]
+    target[2::4] = -100
+    return *(tensor.to(dtype).to(device) for tensor in (input, weight, bias)), target.to(device)
+
+
+def linear_loss_and_gradients(loss, input, weight, bias, target, /, **options):
+    """loss(...) and its gradients, without the bias's where that is None, for a random upstream gradient."""
+    tensors = [None if tensor is None else tensor.detach().requires_grad_() for tensor in (input, weight, bias)]
+    value = loss(*tensors, target, **options)
+    generator = torch.Generator().manual_seed(1)
+    upstream = (0.5 + torch.rand(value.shape, generator=generator)).to(value)
+    return value.detach(), torch.autograd.grad(value, [tensor for tensor in tensors if tensor is not None], upstream)
+
+
+def error_of(tensor, exact):
+    """Relative error in norm; absolute where the exact tensor is 0."""
+    norm = exact.norm()
+    return ((tensor.double() - exact).norm() / torch.where(norm == 0, 1, norm)).item()
+
+
+def assert_linear_matches_reference(loss, input, weight, bias, target, /, *, backend, **options):
+    """Loss and gradients against the reference in float64, which sees the very same tensors and options."""
+    value, gradients = linear_loss_and_gradients(loss, input, weight, bias, target, backend=backend, **options)
+    wide = [None if tensor is None else tensor.double() for tensor in (input, weight, bias)]
+    exact_options = {k: v.double() if _is_floating(v) else v for k, v in options.items()}
+    exact, exact_gradients = linear_loss_and_gradients(loss, *wide, target, backend="reference", **exact_options)
+    assert value.dtype == torch.promote_types(input.dtype, torch.float32)
+    # |z| <= 60: float32 logits are off by about 60 eps, and 16-bit ones are rounded by half of that. z-loss doubles
+    # it and multiplies by lse. Gradients have the same error in p, relative, and most rows have a smaller |z|.
+    eps = torch.finfo(input.dtype).eps
+    factor = max(1.0, _largest(options.get("token_weight"))) * max(1.0, _largest(options.get("weight")))
+    factor *= (1 + 120 * options.get("z_loss", 0.0)) * (len(target) if options.get("reduction") == "sum" else 1)
+    torch.testing.assert_close(value.double(), exact, atol=60 * eps * factor, rtol=1e-5)
+    for gradient, wanted in zip(gradients, exact_gradients, strict=True):
+        assert gradient.dtype == input.dtype
+        assert error_of(gradient, wanted) <= max(4 * eps, 1e-5)
+
+
 def truncated(logits, target, **options):
     return tce_kernels.truncated_cross_entropy(logits, target, options.pop("threshold", 0.6), **options)
 
@@ -87,6 +141,22 @@ def focal(logits, target, **options):
 
 def cross_entropy(logits, target, **options):
     return tce_kernels.truncated_cross_entropy(logits, target, 1.0, **options)
+
+
+def linear_truncated(input, weight, bias, target, /, **options):
+    threshold = options.pop("threshold", 0.6)
+    return tce_kernels.linear_truncated_cross_entropy(input, weight, target, threshold, linear_bias=bias, **options)
+
+
+def linear_focal(input, weight, bias, target, /, **options):
+    return tce_kernels.linear_focal_cross_entropy(input, weight, target, 2.0, linear_bias=bias, **options)
+
+
+def linear_cross_entropy(input, weight, bias, target, /, **options):
+    return tce_kernels.linear_truncated_cross_entropy(input, weight, target, 1.0, linear_bias=bias, **options)
+
+
+LINEAR_LOSSES = [linear_cross_entropy, linear_truncated, linear_focal]
 
 
 def log_of(threshold):

@@ -71,10 +71,10 @@ TENSORS = [
     (dict(logits=torch.zeros(N, 0)), ValueError, f"logits must be (..., V) with at least one class, got shape [{N}, 0]"),
     (dict(target=torch.zeros(N)), TypeError, "target must be int32 or int64, got torch.float32"),
     (dict(target=torch.zeros(N, dtype=torch.int16)), TypeError, "target must be int32 or int64, got torch.int16"),
-    (dict(target=torch.zeros(N + 1, dtype=torch.int64)), ValueError, "target must have the shape of the logits without the"
-     f" classes, [{N}], got [{N + 1}]"),
-    (dict(target=torch.zeros(N, V, dtype=torch.int64)), ValueError, "target must have the shape of the logits without the"
-     f" classes, [{N}], got [{N}, {V}]"),
+    (dict(target=torch.zeros(N + 1, dtype=torch.int64)), ValueError, "target must have the shape of the logits without"
+     f" the last dimension, [{N}], got [{N + 1}]"),
+    (dict(target=torch.zeros(N, V, dtype=torch.int64)), ValueError, "target must have the shape of the logits without"
+     f" the last dimension, [{N}], got [{N}, {V}]"),
 ]  # fmt: skip
 
 

@@ -1,0 +1,659 @@
+"""The linear path against the float64 reference, and what it must not do: all logits, work for dropped rows."""
+
+import itertools
+import os
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    DTYPES,
+    FAST,
+    LINEAR_LOSSES,
+    assert_linear_matches_reference,
+    error_of,
+    linear_focal,
+    linear_loss_and_gradients,
+    linear_truncated,
+    make_linear_inputs,
+    needs_triton,
+)
+
+import tce_kernels
+from tce_kernels import linear
+
+N, D, V = 9, 8, 71
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 7, N, N + 5, "auto"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss", LINEAR_LOSSES)
+@pytest.mark.parametrize("backend", FAST)
+def test_matches_the_float64_reference(backend, loss, dtype, chunk_size, device, small_blocks):
+    inputs = make_linear_inputs(N, D, V, dtype, device)
+    assert_linear_matches_reference(loss, *inputs, backend=backend, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("loss", LINEAR_LOSSES)
+def test_torch_backend_matches_the_reference_in_float64(loss, device, small_blocks):
+    inputs = make_linear_inputs(N, D, V, torch.float64, device)
+    assert_linear_matches_reference(loss, *inputs, backend="torch", chunk_size=4)
+
+
+def option_values(device):
+    generator = torch.Generator().manual_seed(2)
+    token_weight = torch.rand(N, generator=generator).mul(2)
+    token_weight[3] = 0
+    return [
+        ("linear_bias", None),
+        ("weight", torch.rand(V, generator=generator).mul(2).to(device)),
+        ("token_weight", token_weight.to(device)),
+        ("ignore_index", 7),
+        ("reduction", "sum"),
+        ("reduction", "none"),
+        ("denominator", "kept"),
+        ("denominator", 31),
+        ("denominator", torch.tensor(17, device=device)),
+        ("label_smoothing", 0.1),
+        ("z_loss", 1e-2),
+        ("softcap", 9.0),
+        ("logit_scale", 1.3),
+        ("allow_retain_graph", True),
+        ("accumulate_dtype", torch.float64),
+        ("accumulate_dtype", torch.bfloat16),
+    ]
+
+
+@pytest.mark.parametrize(
+    "loss, dtype",
+    [(linear_truncated, torch.float32), (linear_truncated, torch.bfloat16), (linear_focal, torch.float16)],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", FAST)
+def test_every_option_and_every_pair_of_options(backend, loss, dtype, device, small_blocks):
+    values = option_values(device)
+    tried = 0
+    for (name, value), (other, other_value) in itertools.combinations_with_replacement(values, 2):
+        options = {name: value, other: other_value}
+        smoothing = "label_smoothing" in options
+        if (
+            (name == other and value is not other_value)
+            or (smoothing and ("weight" in options or loss is linear_focal))
+            or ("reduction" in options and "denominator" in options)
+        ):
+            continue
+        input, weight, bias, target = make_linear_inputs(N, D, V, dtype, device, seed=tried)
+        bias = None if "linear_bias" in options else bias
+        options.pop("linear_bias", None)
+        target[target == -100] = options.get("ignore_index", -100)
+        assert_linear_matches_reference(loss, input, weight, bias, target, backend=backend, chunk_size=4, **options)
+        tried += 1
+    assert tried > 80
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"allow_retain_graph": True}], ids=str)
+@pytest.mark.parametrize("backend", FAST)
+def test_every_combination_of_frozen_tensors(backend, options, device):
+    inputs = make_linear_inputs(N, D, V, torch.float32, device)
+    want, exact = linear_loss_and_gradients(linear_truncated, *inputs, backend=backend, chunk_size=4, **options)
+    for needs in itertools.product([False, True], repeat=3):
+        tensors = [tensor.clone().requires_grad_(needed) for tensor, needed in zip(inputs[:3], needs, strict=True)]
+        value = linear_truncated(*tensors, inputs[3], backend=backend, chunk_size=4, **options)
+        torch.testing.assert_close(value.detach(), want)
+        assert value.requires_grad == any(needs)
+        if any(needs):
+            generator = torch.Generator().manual_seed(1)
+            value.backward((0.5 + torch.rand(value.shape, generator=generator)).to(value))
+        for tensor, gradient, needed in zip(tensors, exact, needs, strict=True):
+            assert (tensor.grad is not None) == needed
+            if needed:
+                torch.testing.assert_close(tensor.grad, gradient)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("backend", FAST)
+def test_gradients_are_as_exact_as_pytorch_s_own(backend, share, dtype, device):
+    """At sizes where errors are statistics; the reference in the same dtype is F.linear and autograd on all logits."""
+    inputs = make_linear_inputs(96, 48, 700, dtype, device, confident=share)
+    _, gradients = linear_loss_and_gradients(linear_truncated, *inputs, backend=backend, chunk_size=40)
+    _, ordinary = linear_loss_and_gradients(linear_truncated, *inputs, backend="reference")
+    double = [tensor.double() for tensor in inputs[:3]]
+    _, exact = linear_loss_and_gradients(linear_truncated, *double, inputs[3], backend="reference")
+    # The interpreter truncates float32 to bfloat16 where a GPU rounds: twice the error.
+    factor = 4 if backend == "triton" and dtype == torch.bfloat16 and device.type == "cpu" else 2
+    for got, usual, want in zip(gradients, ordinary, exact, strict=True):
+        assert got.dtype == dtype
+        assert error_of(got, want) <= factor * error_of(usual, want)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_wide_accumulator_beats_a_narrow_one(backend, device):
+    inputs = make_linear_inputs(256, 16, 50, torch.bfloat16, device, confident=0.0)
+    double = [tensor.double() for tensor in inputs[:3]]
+    _, exact = linear_loss_and_gradients(linear_truncated, *double, inputs[3], backend="reference")
+    errors = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        _, gradients = linear_loss_and_gradients(
+            linear_truncated, *inputs, backend=backend, chunk_size=2, accumulate_dtype=dtype
+        )
+        errors[dtype] = [error_of(got, want) for got, want in zip(gradients, exact, strict=True)]
+    assert errors[torch.float32][1] < 0.5 * errors[torch.bfloat16][1]
+    assert errors[torch.float32][2] < 0.5 * errors[torch.bfloat16][2]
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_accumulating_inside_a_matmul(backend, device, monkeypatch):
+    """Where the device cannot, a stand-in takes the call that a GPU would get: its result is its out, with beta."""
+    inputs = make_linear_inputs(N, D, V, torch.bfloat16, device)
+    if device.type == "cpu":
+        addmm = torch.addmm
+
+        def stand_in(total, a, b, *, beta, out_dtype, out):
+            assert out is total and total.dtype == out_dtype == torch.float32
+            return addmm(total, a.float(), b.float(), beta=beta, out=out)
+
+        monkeypatch.setattr(linear, "_adds_inside", lambda *_: True)
+        monkeypatch.setattr(torch, "addmm", lambda *a, **k: (stand_in if "out_dtype" in k else addmm)(*a, **k))
+    assert_linear_matches_reference(linear_truncated, *inputs, backend=backend, chunk_size=2)
+
+
+def test_processors_without_16_bit_matmuls(monkeypatch):
+    """float32 matmuls from 16-bit tensors: logits are not rounded at all, gradients once."""
+    monkeypatch.setattr(linear, "_supported", lambda dtype, device: torch.promote_types(dtype, torch.float32))
+    for dtype in (torch.bfloat16, torch.float16):
+        inputs = make_linear_inputs(N, D, V, dtype, "cpu")
+        double = [tensor.double() for tensor in inputs[:3]]
+        for options in ({}, {"reduction": "none"}):
+            value, gradients = linear_loss_and_gradients(linear_truncated, *inputs, chunk_size=4, **options)
+            want, exact = linear_loss_and_gradients(
+                linear_truncated, *double, inputs[3], backend="reference", **options
+            )
+            torch.testing.assert_close(value.double(), want, atol=2e-6, rtol=1e-5)
+            for got, wanted in zip(gradients, exact, strict=True):
+                assert got.dtype == dtype
+                # Rounded once, by at most half an eps.
+                assert error_of(got, wanted) <= torch.finfo(dtype).eps / 2 + 1e-5
+
+
+def test_which_processors_multiply_16_bits():
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert linear._supported(torch.bfloat16, torch.device("cpu")) == torch.float32
+    for dtype in (torch.float32, torch.float64):
+        assert linear._supported(dtype, torch.device("cpu")) == dtype
+    assert linear._supported(torch.float16, torch.device("cuda")) == torch.float16
+
+
+def kept_rows(inputs):
+    double = [tensor.detach().double() for tensor in inputs[:3]]
+    return linear_truncated(*double, inputs[3], backend="reference", return_stats=True)[1].kept
+
+
+def count_rows(monkeypatch):
+    """How many rows go through the forward matmul, and through each of the backward matmuls."""
+    counts = {"forward": [], "backward": []}
+    write_logits, add = linear._Head.write_logits, linear._Gradients.add
+
+    def counted_logits(self, rows, out):
+        counts["forward"].append(len(rows))
+        write_logits(self, rows, out)
+
+    def counted_add(self, dlogits, rows):
+        counts["backward"].append(len(rows))
+        assert len(dlogits) == len(rows)
+        add(self, dlogits, rows)
+
+    monkeypatch.setattr(linear._Head, "write_logits", counted_logits)
+    monkeypatch.setattr(linear._Gradients, "add", counted_add)
+    return counts
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.6, 0.95, 1.0])
+@pytest.mark.parametrize("backend", FAST)
+def test_work_in_proportion_to_what_is_kept(backend, share, reduction, device, monkeypatch):
+    inputs = make_linear_inputs(80, D, V, torch.float32, device, confident=share)
+    counts = count_rows(monkeypatch)
+    tensors = [tensor.requires_grad_() for tensor in inputs[:3]]
+    value, stats = linear_truncated(
+        *tensors, inputs[3], backend=backend, chunk_size=16, reduction=reduction, return_stats=True
+    )
+    n_kept, n_valid = stats.n_kept.item(), stats.n_valid.item()
+    assert n_valid == 60
+    assert n_kept == kept_rows(inputs).sum()
+    assert sum(counts["forward"]) == n_valid  # ignored rows are not multiplied at all
+    value.sum().backward()
+    assert sum(counts["forward"]) == n_valid + (n_kept if reduction == "none" else 0)
+    assert sum(counts["backward"]) == n_kept
+    assert all(count >= 8 for count in counts["backward"][:-1])  # never for a sliver of rows, but the last
+    assert all(count < 24 for count in counts["backward"])
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_evaluation_makes_no_gradients(backend, device, monkeypatch):
+    inputs = make_linear_inputs(N, D, V, torch.float32, device)
+    tensors = [tensor.requires_grad_() for tensor in inputs[:3]]
+    trained, train_stats = linear_truncated(*tensors, inputs[3], backend=backend, return_stats=True)
+    counts = count_rows(monkeypatch)
+    with torch.no_grad():
+        value, stats = linear_truncated(*tensors, inputs[3], backend=backend, chunk_size=4, return_stats=True)
+    assert not value.requires_grad
+    assert counts["backward"] == []
+    torch.testing.assert_close(value, trained.detach())
+    for name, got, want in zip(stats._fields, stats, train_stats, strict=True):
+        torch.testing.assert_close(got, want, msg=name)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_stats_match_the_reference(backend, device, small_blocks):
+    input, weight, bias, target = make_linear_inputs(N, D, V, torch.float32, device)
+    for requires_grad in (False, True):
+        input.requires_grad_(requires_grad)
+        arguments = dict(return_stats=True, softcap=20.0)
+        _, stats = linear_truncated(input, weight, bias, target, backend=backend, chunk_size=4, **arguments)
+        double = [tensor.detach().double() for tensor in (input, weight, bias)]
+        _, exact = linear_truncated(*double, target, backend="reference", **arguments)
+        for name in ("kept", "correct", "valid", "n_valid", "n_kept"):
+            assert torch.equal(getattr(stats, name), getattr(exact, name)), name
+        for name in ("log_prob", "lse", "truncated_fraction", "accuracy", "mean_confidence"):
+            torch.testing.assert_close(
+                getattr(stats, name).double(), getattr(exact, name).double(), atol=1e-5, rtol=1e-5
+            )
+
+
+EMPTY = {
+    "no rows": lambda input, target: (input[:0], target[:0]),
+    "all ignored": lambda input, target: (input, torch.full_like(target, -100)),
+    "one row": lambda input, target: (input, target.where(torch.arange(N, device=target.device) == 3, -100)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("threshold", [1e-30, 0.6])  # the first drops every row
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("case", [*EMPTY, "all rows"])
+@pytest.mark.parametrize("backend", FAST)
+def test_nothing_left(backend, case, reduction, threshold, device):
+    input, weight, bias, target = make_linear_inputs(N, D, V, torch.float32, device)
+    input, target = EMPTY.get(case, lambda *both: both)(input, target)
+    options = dict(reduction=reduction, threshold=threshold)
+    value, gradients = linear_loss_and_gradients(
+        linear_truncated, input, weight, bias, target, backend=backend, chunk_size=4, **options
+    )
+    want, exact = linear_loss_and_gradients(
+        linear_truncated, input, weight, bias, target, backend="reference", **options
+    )
+    torch.testing.assert_close(value, want, atol=2e-6, rtol=1e-5)
+    for got, wanted in zip(gradients, exact, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-5)
+        if threshold == 1e-30 or case in ("no rows", "all ignored"):
+            assert not got.any()
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("sizes", [(5, 3, 1), (1, 1, 1), (1, 4, 9), (4, 1, 9)], ids=str)
+def test_smallest_sizes(backend, sizes, device):
+    inputs = make_linear_inputs(*sizes, torch.float32, device)
+    assert_linear_matches_reference(linear_truncated, *inputs, backend=backend)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_dropped_rows_have_exact_zeros(backend, device):
+    inputs = make_linear_inputs(40, D, V, torch.bfloat16, device)
+    for reduction in ("mean", "none"):
+        _, (dinput, *_) = linear_loss_and_gradients(
+            linear_truncated, *inputs, backend=backend, chunk_size=16, reduction=reduction
+        )
+        dropped = ~kept_rows(inputs)
+        assert 0 < dropped.sum() < 40
+        assert not dinput[dropped].any()
+        assert dinput[~dropped].any(-1).all()
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_rows_of_any_shape_and_stride(backend, device):
+    """Next-token training: hidden[:, :-1] is not contiguous, nor is the target."""
+    input, weight, bias, target = make_linear_inputs(12, D, V, torch.float32, device)
+    flat = linear_loss_and_gradients(linear_truncated, input, weight, bias, target, backend=backend, reduction="sum")
+    padded = F.pad(input.view(3, 4, D), (0, 0, 0, 1))[:, :-1]
+    target = F.pad(target.view(3, 4), (1, 0))[:, 1:]
+    strided_weight = weight.t().contiguous().t()
+    value, gradients = linear_loss_and_gradients(
+        linear_truncated, padded, strided_weight, bias, target, backend=backend, reduction="sum", chunk_size=5
+    )
+    torch.testing.assert_close(value, flat[0])
+    assert gradients[0].shape == (3, 4, D)
+    for got, want in zip(gradients, flat[1], strict=True):
+        torch.testing.assert_close(got.reshape(want.shape), want)
+    one = linear_loss_and_gradients(linear_truncated, input[0], weight, bias, target[0, 0], backend=backend)
+    want = linear_loss_and_gradients(linear_truncated, input[0], weight, bias, target[0, 0], backend="reference")
+    torch.testing.assert_close(one, want)
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("backend", FAST)
+def test_two_runs_give_the_same_bits(backend, options, device):
+    inputs = make_linear_inputs(40, D, V, torch.bfloat16, device)
+    runs = [
+        linear_loss_and_gradients(linear_truncated, *inputs, backend=backend, chunk_size=16, **options)
+        for _ in range(2)
+    ]
+    assert torch.equal(runs[0][0], runs[1][0])
+    for first, second in zip(runs[0][1], runs[1][1], strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_float16_gradients_survive_the_mean(backend, device):
+    """1 / N times a small p underflows in float16; divided last, it meets the gradient scaler's factor first."""
+    inputs = make_linear_inputs(64, D, 500, torch.float16, device)
+    tensors = [tensor.requires_grad_() for tensor in inputs[:3]]
+    scale = 2.0**14
+    gradients = torch.autograd.grad(linear_truncated(*tensors, inputs[3], backend=backend) * scale, tensors)
+    double = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    exact = torch.autograd.grad(linear_truncated(*double, inputs[3], backend="reference") * scale, double)
+    for got, want in zip(gradients, exact, strict=True):
+        assert error_of(got, want) < 2 * torch.finfo(torch.float16).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_autocast_multiplies_in_its_dtype(backend, options, dtype, device):
+    """As F.linear would: float32 weights with an input of either dtype; gradients in the dtype of their tensors."""
+    for input_dtype in (torch.float32, dtype):
+        input, weight, bias, target = make_linear_inputs(96, 16, 200, torch.float32, device)
+        input = input.to(input_dtype)
+        with torch.autocast(device.type, dtype=dtype):
+            value, gradients = linear_loss_and_gradients(
+                linear_truncated, input, weight, bias, target, backend=backend, chunk_size=40, **options
+            )
+            _, usual = linear_loss_and_gradients(
+                linear_truncated, input, weight, bias, target, backend="reference", **options
+            )
+        double = [tensor.double() for tensor in (input, weight, bias)]
+        want, exact = linear_loss_and_gradients(linear_truncated, *double, target, backend="reference", **options)
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), want, atol=4e-2, rtol=2e-2)  # |z| of about 10, rounded to bfloat16
+        assert [gradient.dtype for gradient in gradients] == [input_dtype, torch.float32, torch.float32]
+        for got, ordinary, wanted in zip(gradients, usual, exact, strict=True):
+            factor = 4 if backend == "triton" and dtype == torch.bfloat16 and device.type == "cpu" else 2
+            assert error_of(got, wanted) <= factor * error_of(ordinary, wanted)
+
+
+def memory_beyond(run):
+    """Peak bytes that run() allocates on a CPU, less those of the tensors it returns."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        returned = run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    allocated = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    return peak - sum(tensor.nbytes for tensor in returned)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=str)
+def test_memory_is_that_of_a_chunk(options, dtype, share):
+    n_rows, vocabulary, chunk_size = 1500, 24000, 300
+    input, weight, _, target = make_linear_inputs(n_rows, 16, vocabulary, dtype, "cpu", confident=share)
+    input.requires_grad_(), weight.requires_grad_()
+
+    def run():
+        value = linear_truncated(input, weight, None, target, chunk_size=chunk_size, backend="torch", **options)
+        return torch.autograd.grad(value.sum(), (input, weight))
+
+    run()
+    beyond = memory_beyond(run)
+    accumulator = weight.numel() * 4 if dtype != torch.float32 else 0
+    assert beyond - accumulator <= 2 * chunk_size * vocabulary * dtype.itemsize + 10e6
+    assert beyond > chunk_size * vocabulary * dtype.itemsize  # it does see the logits
+
+
+def test_chunk_sizes_of_auto():
+    for vocabulary, dtype, rows in [(32000, 2, 8388), (128256, 2, 2092), (262144, 2, 2048), (262144, 4, 2048)]:
+        assert linear.auto_chunk_size(vocabulary, dtype, on_cpu=False) == rows
+    assert linear.auto_chunk_size(49152, 4, on_cpu=True) == 1024
+
+
+@needs_triton
+@pytest.mark.parametrize("kept", [0, 1, 5, 31, 32])
+def test_triton_packs_the_kept_rows(kept, device):
+    """Whichever rows are kept: none is lost, none is written over before it has moved."""
+    from tce_kernels import kernels
+
+    generator = torch.Generator().manual_seed(kept)
+    for _ in range(6):
+        logits = torch.randn(1, 32, V, generator=generator).to(device)
+        target = torch.randint(V, (32,), generator=generator).to(device)
+        scale = torch.zeros(32).index_fill_(0, torch.randperm(32, generator=generator)[:kept], 1.5).to(device)
+        param = torch.tensor(0.0, device=device)
+        options = dict(
+            rule="truncated", alpha=1.0, ignore_index=-100, z_loss=0.0, label_smoothing=0.0, softcap=None,
+            logit_scale=1.0,
+        )  # fmt: skip
+        out = torch.empty_like(logits)
+        loss, rows = kernels.loss_and_dlogits(logits, target, scale, param, out, **options)
+        packed_loss, packed_rows, order = kernels.loss_and_kept_dlogits(logits, target, scale, param, **options)
+        assert torch.equal(order.sort().values, scale.nonzero().squeeze(1))
+        assert torch.equal(logits[0, :kept], out[0, order])
+        assert torch.equal(packed_loss, loss)
+        assert torch.equal(packed_rows, rows)
+
+
+ONCE = [{}, {"reduction": "sum"}, {"denominator": "kept"}]
+
+
+@pytest.mark.parametrize("options", ONCE, ids=str)
+@pytest.mark.parametrize("backend", FAST)
+def test_second_backward_raises_and_names_the_way_out(backend, options, device):
+    inputs = make_linear_inputs(N, D, V, torch.float32, device)
+    tensors = [tensor.requires_grad_() for tensor in inputs[:3]]
+    value = linear_truncated(*tensors, inputs[3], backend=backend, **options)
+    torch.autograd.grad(3 * value, tensors, retain_graph=True)
+    with pytest.raises(RuntimeError, match="allow_retain_graph=True"):
+        torch.autograd.grad(value, tensors)
+
+
+@pytest.mark.parametrize("options", [{"allow_retain_graph": True}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("backend", FAST)
+def test_second_backward_is_right_where_gradients_are_made_again(backend, options, device):
+    inputs = make_linear_inputs(N, D, V, torch.float32, device)
+    tensors = [tensor.requires_grad_() for tensor in inputs[:3]]
+    value = linear_truncated(*tensors, inputs[3], backend=backend, **options).sum()
+    first = torch.autograd.grad(value, tensors, retain_graph=True)
+    third = torch.autograd.grad(3 * value, tensors, retain_graph=True)
+    again = torch.autograd.grad(value, tensors)
+    for one, two, three in zip(first, again, third, strict=True):
+        assert torch.equal(one, two)
+        torch.testing.assert_close(three, 3 * one)
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("frozen", [0, 1, 2, None])
+@pytest.mark.parametrize("backend", FAST)
+def test_double_backward_says_that_the_reference_has_it(backend, frozen, options, device):
+    inputs = make_linear_inputs(N, D, V, torch.float32, device)
+    tensors = [tensor.requires_grad_(i != frozen) for i, tensor in enumerate(inputs[:3])]
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    value = linear_truncated(*tensors, inputs[3], backend=backend, **options).sum()
+    gradients = torch.autograd.grad(value, wanted, create_graph=True)
+    for gradient, tensor in itertools.product(gradients, wanted):
+        with pytest.raises(RuntimeError, match="double backward is not supported.*backend='reference'"):
+            torch.autograd.grad(gradient.square().sum(), tensor, retain_graph=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("backend", FAST)
+def test_gradients_accumulate_into_grad(backend, options, device):
+    """Two backward calls in one step, and weights that the embedding shares."""
+    inputs = make_linear_inputs(N, D, V, torch.float32, device)
+    input, weight, bias = (tensor.requires_grad_() for tensor in inputs[:3])
+    for _ in range(2):
+        (linear_truncated(input, weight, bias, inputs[3], backend=backend, **options).sum() * 0.5).backward()
+    whole, _ = linear_truncated(input, weight, bias, inputs[3], backend="reference", **options).sum(), None
+    for tensor, want in zip((input, weight, bias), torch.autograd.grad(whole, (input, weight, bias)), strict=True):
+        torch.testing.assert_close(tensor.grad, want, atol=2e-6, rtol=2e-5)
+
+
+COMPILED = [
+    {},
+    {"reduction": "none"},
+    {"denominator": "kept", "z_loss": 0.1},
+    {"denominator": 5, "label_smoothing": 0.1, "softcap": 9.0},
+    {"allow_retain_graph": True, "accumulate_dtype": torch.float64},
+]
+
+
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)], ids=str)
+@pytest.mark.parametrize("options", COMPILED, ids=str)
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_compiled_gives_what_eager_gives(backend, options, needs, device):
+    torch.compiler.reset()
+    *tensors, target = make_linear_inputs(N, D, V, torch.float32, device)
+
+    def step(input, weight, bias):
+        return linear_truncated(
+            input * 2, weight, bias, target, return_stats=True, backend=backend, chunk_size=4, **options
+        )
+
+    def run(function):
+        leaves = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(tensors, needs, strict=True)]
+        value, stats = function(*leaves)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        return value, *torch.autograd.grad(3 * value.sum(), wanted), stats.accuracy, *stats
+
+    for got, want in zip(run(torch.compile(step, fullgraph=True, backend="aot_eager")), run(step), strict=True):
+        if backend == "reference":
+            torch.testing.assert_close(got, want)
+        else:
+            assert torch.equal(got, want)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="TorchInductor needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inductor_gives_what_eager_gives(dtype, device):
+    torch.compiler.reset()
+    *tensors, target = make_linear_inputs(N, D, V, dtype, device)
+    got, want = (
+        linear_loss_and_gradients(loss, *tensors, target, chunk_size=4)
+        for loss in (torch.compile(linear_truncated, fullgraph=True), linear_truncated)
+    )
+    torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=0)  # the sum may be taken in another order
+    for compiled, eager in zip(got[1], want[1], strict=True):
+        assert torch.equal(compiled, eager)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_operators_pass_opcheck(backend, device):
+    input, weight, bias, target = make_linear_inputs(6, D, V, torch.bfloat16, device)
+    input, target = input.view(2, 3, D), target.view(2, 3)
+    row_scale = torch.rand(2, 3, device=device)
+    param = torch.tensor(-0.5, device=device)
+    options = (0.1, 0.2, 5.0, 1.5, backend, 2, torch.bfloat16, torch.float32)
+    operators = torch.ops.tce_kernels
+    for needs in ([True] * 3, [False, True, False], [False] * 3):
+        arguments = (input, weight, bias, target, row_scale, param, "truncated", 1.0, -100, *options, needs)
+        torch.library.opcheck(operators.linear_loss.default, arguments)
+        rows = operators.linear_loss(*arguments)[1]
+        arguments = (input, weight, None, target, row_scale, rows, *options, needs)
+        torch.library.opcheck(operators.linear_gradients.default, arguments)
+
+
+@needs_triton
+@pytest.mark.parametrize("options", [{}, {"denominator": "kept"}], ids=str)
+def test_the_host_waits_once_a_chunk(options, device, monkeypatch):
+    """Which it does in nonzero, to learn how many rows are left, and nowhere else."""
+    inputs = make_linear_inputs(40, D, V, torch.float32, device)
+    waits = []
+    nonzero = torch.Tensor.nonzero
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda self: waits.append(1) or nonzero(self))
+    for name in ("item", "tolist", "cpu", "__bool__", "__int__"):
+        method = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, _Refusing(name, method))
+    from tce_kernels import kernels
+
+    for name in ("loss_and_dlogits_kernel", "move_rows_kernel", "scale_kernel"):
+        monkeypatch.setattr(kernels, name, _Launches(getattr(kernels, name)))
+    tensors = [tensor.requires_grad_() for tensor in inputs[:3]]
+    value = linear_truncated(*tensors, inputs[3], backend="triton", chunk_size=10, **options)
+    torch.autograd.grad(value, tensors)
+    assert len(waits) == 1 + 3  # before the loop, and in each of the chunks that 30 live rows make
+
+
+class _Refusing:
+    """A method of a tensor that would make the host wait; launches in the interpreter may use it."""
+
+    launching = False
+
+    def __init__(self, name, method):
+        self.name, self.method = name, method
+
+    def __get__(self, tensor, _):
+        def call(*args):
+            assert _Refusing.launching, f"Tensor.{self.name} makes the host wait"
+            return self.method(tensor, *args)
+
+        return call
+
+
+class _Launches:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            _Refusing.launching = True
+            self.kernel[grid](*args, **kwargs)
+            _Refusing.launching = False
+
+        return launch
+
+
+def train_in_parallel(rank, world_size, folder, state, batches):
+    """One of the processes of the test below: forward, backward, and the gradients that DDP leaves."""
+    os.environ |= {"MASTER_ADDR": "localhost", "GLOO_SOCKET_IFNAME": "lo"}
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+    )
+    model = HeadedModel()
+    model.load_state_dict(state)
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    input, target = batches[rank]
+    parallel(input, target).backward()
+    if rank == 0:
+        torch.save([parameter.grad for parameter in model.parameters()], f"{folder}/gradients")
+    torch.distributed.destroy_process_group()
+
+
+class HeadedModel(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Linear(D, D)
+        self.head = torch.nn.Linear(D, V)
+        self.loss = tce_kernels.LinearTruncatedCrossEntropyLoss(0.6, chunk_size=4, denominator=6)
+
+    def forward(self, input, target):
+        return self.loss(self.body(input), self.head.weight, target, self.head.bias)
+
+
+def test_distributed_data_parallel_gives_the_gradients_of_one_process(tmp_path):
+    """Two processes with 6 rows each; in one of them every row may be ignored, and it still takes part."""
+    torch.manual_seed(0)
+    model = HeadedModel()
+    input, weight, bias, target = make_linear_inputs(12, D, V, torch.float32, "cpu")
+    with torch.no_grad():
+        model.body.weight.copy_(torch.eye(D))
+        model.head.weight.copy_(weight)
+    for second in (target[6:], torch.full_like(target[6:], -100)):
+        batches = [(input[:6], target[:6]), (input[6:], second)]
+        torch.multiprocessing.spawn(
+            train_in_parallel, (2, str(tmp_path), model.state_dict(), batches), nprocs=2, join=True
+        )
+        (tmp_path / "rendezvous").unlink(missing_ok=True)
+        model.zero_grad()
+        (sum(model(*batch) for batch in batches) / 2).backward()
+        for got, parameter in zip(torch.load(tmp_path / "gradients"), model.parameters(), strict=True):
+            torch.testing.assert_close(got, parameter.grad)
