@@ -39,14 +39,13 @@ def _rule(log_prob, param, alpha, rule):
 
 
 def _select(tensor, selected):
-    """Entries of the last dimension (rows of a block [R, V]: of the first); all of them if `selected` is None."""
-    return tensor if selected is None else tensor[..., selected]
+    """Entries of the first dimension; all of them if `selected` is None."""
+    return tensor if selected is None else tensor[selected]
 
 
-def _blocks(logits):
-    """Cut logits [outer, inner, V] into blocks [R, V]: pairs of a slice of [N] and the indices of the block."""
-    n_outer, n_inner, V = logits.shape
-    step = max(BLOCK_LOGITS // V, 1)
+def _blocks(logits, step):
+    """Cut logits [outer, inner, V] into blocks [step, V]: pairs of a slice of [N] and the indices of the block."""
+    n_outer, n_inner, _ = logits.shape
     for outer in range(n_outer):
         for start in range(0, n_inner, step):
             stop = min(start + step, n_inner)
@@ -59,70 +58,72 @@ class _Block:
     def __init__(self, logits, logit_scale, softcap):
         _, inner, V = logits.shape
         self.logit_scale, self.softcap = logit_scale, softcap
-        shape = (min(max(BLOCK_LOGITS // V, 1), inner), V)
         dtype = compute_dtype(logits.dtype)
-        self.p_memory = torch.empty(shape, dtype=dtype, device=logits.device)
-        self.as_stored = dtype == logits.dtype and softcap is None and logit_scale == 1.0
+        self.as_stored = _is_z(logits, logit_scale, softcap)
+        # z takes as much memory as its softmax, unless it is the logits.
+        self.n_rows = max((BLOCK_LOGITS if self.as_stored else BLOCK_LOGITS // 2) // V, 1)
+        self.p_memory = torch.empty(min(self.n_rows, inner), V, dtype=dtype, device=logits.device)
         self.z_memory = None if self.as_stored else torch.empty_like(self.p_memory)
 
     def load(self, x):
-        """Logits x [R, V] as stored -> z [R, V], which may be x itself."""
-        self.z = x
+        """Logits x [R, V] as stored -> z [R, V], which may be x itself, and memory [R, V] for its softmax."""
+        z = x
         if not self.as_stored:
-            self.z = self.z_memory[: len(x)].copy_(x)
+            z = self.z_memory[: len(x)].copy_(x)
             if self.logit_scale != 1.0:
-                self.z *= self.logit_scale
+                z *= self.logit_scale
             if self.softcap is not None:
-                self.z.div_(self.softcap).tanh_().mul_(self.softcap)
-        self.p = torch.softmax(self.z, 1, out=self.p_memory[: len(x)])
-        return self.z
-
-    def keep(self, kept, out):
-        """Leave only the rows `kept` [K] in the block, on their way to out [K, V] where that saves memory."""
-        if len(kept) == len(self.p):
-            return
-        if self.softcap is not None:  # the gradient needs z as well
-            self.p, self.z = self.p[kept], self.z[kept]
-        else:
-            free = out if out.dtype == self.p.dtype else self.z_memory[: len(kept)]
-            self.p = torch.index_select(self.p, 0, kept, out=free)
-
-    def write_gradient(self, out, selected, target, row_grad, rows, z_loss, label_smoothing):
-        """Write the gradient to the selected rows of out [R, V], which may be the logits, and zeros to the others."""
-        V = out.shape[1]
-        coef = rows[COEF]
-        row_grad = torch.where(coef == 0, 0, row_grad * self.logit_scale)
-        of_target = row_grad * coef
-        of_p = of_target + 2 * z_loss * row_grad * rows[LSE] if z_loss else of_target
-        if (row_grad == 0).logical_and_(rows[LSE].isfinite().logical_not_()).any():
-            self.p[row_grad == 0] = 0  # a row of zero weight that holds NaN: 0 * NaN would stay NaN
-
-        in_place = selected is None and out.dtype == self.p.dtype
-        gradient = torch.mul(self.p, of_p[:, None], out=out if in_place else self.p)
-        if label_smoothing:
-            gradient -= (of_target * label_smoothing / V)[:, None]
-            of_target = of_target * (1 - label_smoothing)
-        gradient[torch.arange(len(target), device=target.device), target] -= of_target
-        if self.softcap is not None:
-            gradient *= self.z.div_(self.softcap).square_().neg_().add_(1)
-        if selected is not None:
-            out.zero_()
-            out[selected] = gradient.to(out.dtype)
-        elif not in_place:
-            out.copy_(gradient)
+                z.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z, self.p_memory[: len(x)]
 
 
-def _block_loss(block, x, target, row_scale, param, rule, alpha, z_loss, label_smoothing):
-    """Loss [R] and rows [6, R] of logits x [R, V], none of them ignored; leaves z and its softmax in the block."""
-    V = x.shape[1]
-    z = block.load(x)
-    row_max = z.amax(1)
+def _is_z(logits, logit_scale, softcap):
+    """Whether the logits as stored are already z, in the dtype of the computation."""
+    return logits.dtype == compute_dtype(logits.dtype) and softcap is None and logit_scale == 1.0
+
+
+def _write_gradient(
+    out, selected, p, z, target, row_grad, rows, *, z_loss, label_smoothing, softcap, logit_scale
+):  # fmt: skip
+    """Write the gradient to the selected rows of out [R, V], which may be the logits, and zeros to the others.
+
+    p, the softmax of those rows, is lost; so is z, which only a softcap needs.
+    """
+    V = out.shape[1]
+    coef = rows[COEF]
+    row_grad = torch.where(coef == 0, 0, row_grad * logit_scale)
+    of_target = row_grad * coef
+    of_p = of_target + 2 * z_loss * row_grad * rows[LSE] if z_loss else of_target
+    if (row_grad == 0).logical_and_(rows[LSE].isfinite().logical_not_()).any():
+        p[row_grad == 0] = 0  # a row of zero weight that holds NaN: 0 * NaN would stay NaN
+
+    in_place = selected is None and out.dtype == p.dtype
+    gradient = torch.mul(p, of_p[:, None], out=out if in_place else p)
+    if label_smoothing:
+        gradient -= (of_target * label_smoothing / V)[:, None]
+        of_target = of_target * (1 - label_smoothing)
+    gradient[torch.arange(len(target), device=target.device), target.clamp(0, V - 1)] -= of_target
+    if softcap is not None:
+        gradient *= z.div_(softcap).square_().neg_().add_(1)
+    if selected is not None:
+        out.zero_()
+        out[selected] = gradient.to(out.dtype)
+    elif not in_place:
+        out.copy_(gradient)
+
+
+def _losses(z, p_memory, target, row_scale, param, rule, alpha, z_loss, label_smoothing):
+    """Loss [R], rows [6, R] and softmax of z [R, V], none ignored. p_memory may be z, which is then lost."""
+    V = z.shape[1]
     index = target.clamp(0, V - 1)[:, None]
-    target_z, target_p = z.gather(1, index).squeeze(1), block.p.gather(1, index).squeeze(1)
+    row_max, target_z = z.amax(1), z.gather(1, index).squeeze(1)
+    mean_z = z.mean(1) if label_smoothing else None
+    p = torch.softmax(z, 1, out=p_memory)
+    target_p = p.gather(1, index).squeeze(1)
     if (target_p > 1e-30).all():
         log_sum = target_z - row_max - target_p.log()
     else:  # the target's p says nothing about the sum: it has underflowed, or is NaN
-        log_sum = -block.p.amax(1).log()
+        log_sum = -p.amax(1).log()
     target_z = torch.where((target >= 0) & (target < V), target_z, math.nan)
     lse = row_max + log_sum
     log_prob = target_z - row_max - log_sum
@@ -131,12 +132,12 @@ def _block_loss(block, x, target, row_scale, param, rule, alpha, z_loss, label_s
     coef = torch.where(log_prob.isnan(), log_prob, coef)
     coef = torch.where(row_scale == 0, 0, coef)
     if label_smoothing:
-        phi = (1 - label_smoothing) * phi + label_smoothing * (lse - z.mean(1))
+        phi = (1 - label_smoothing) * phi + label_smoothing * (lse - mean_z)
     if z_loss:
         phi = phi + z_loss * lse * lse
     loss = torch.where(coef == 0, 0, row_scale * phi)
     correct = (target_z == row_max) & ~log_prob.isnan()
-    return loss, torch.stack([log_prob, lse, coef, row_max, log_sum.exp(), correct.to(loss.dtype)])
+    return loss, torch.stack([log_prob, lse, coef, row_max, log_sum.exp(), correct.to(loss.dtype)]), p
 
 
 def loss_and_dlogits(
@@ -149,52 +150,21 @@ def loss_and_dlogits(
     loss = torch.zeros(N, dtype=dtype, device=logits.device)
     rows = torch.zeros(N_FIELDS, N, dtype=dtype, device=logits.device)
     block = _Block(logits, logit_scale, softcap)
-    for row, index in _blocks(logits):
+    for row, index in _blocks(logits, block.n_rows):
         live = target[row] != ignore_index
         selected = None if live.all() else live
-        x = logits[index] if selected is None else logits[index][selected]
+        z, p_memory = block.load(_select(logits[index], selected))
         block_target, block_scale = _select(target[row], selected), _select(row_scale[row], selected)
-        block_loss, block_rows = _block_loss(
-            block, x, block_target, block_scale, param, rule, alpha, z_loss, label_smoothing
+        loss[row][live], block_rows, p = _losses(
+            z, p_memory, block_target, block_scale, param, rule, alpha, z_loss, label_smoothing
         )
-        loss[row][live], rows[:, row][:, live] = block_loss, block_rows
+        rows[:, row][:, live] = block_rows
         if out is not None:
-            block.write_gradient(
-                out[index], selected, block_target.clamp(0, x.shape[1] - 1), block_scale, block_rows,
-                z_loss, label_smoothing,
+            _write_gradient(
+                out[index], selected, p, z, block_target, block_scale, block_rows,
+                z_loss=z_loss, label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale,
             )  # fmt: skip
     return loss, rows
-
-
-def loss_and_kept_dlogits(
-    logits, target, row_scale, param, *,
-    rule, alpha, ignore_index, z_loss, label_smoothing, softcap, logit_scale,
-):  # fmt: skip
-    """Loss and gradient of the logits [1, n, V], no row of which is ignored, for an upstream gradient of 1, packed.
-
-    Returns loss [n], rows [6, n] and kept [K]: row i < K of the logits now holds the gradient of row kept[i].
-    """
-    dtype = compute_dtype(logits.dtype)
-    n, V = logits.shape[1:]
-    loss = torch.empty(n, dtype=dtype, device=logits.device)
-    rows = torch.empty(N_FIELDS, n, dtype=dtype, device=logits.device)
-    block = _Block(logits, logit_scale, softcap)
-    kept_rows, n_kept = [], 0
-    for row, index in _blocks(logits):
-        loss[row], block_rows = _block_loss(
-            block, logits[index], target[row], row_scale[row], param, rule, alpha, z_loss, label_smoothing
-        )
-        rows[:, row] = block_rows
-        kept = (block_rows[COEF] != 0).nonzero().squeeze(1)
-        out = logits[0, n_kept : n_kept + len(kept)]  # at most as far as this block, which has been read
-        block.keep(kept, out)
-        block.write_gradient(
-            out, None, target[row][kept].clamp(0, V - 1), row_scale[row][kept], block_rows[:, kept],
-            z_loss, label_smoothing,
-        )  # fmt: skip
-        kept_rows.append(kept + row.start)
-        n_kept += len(kept)
-    return loss, rows, torch.cat(kept_rows) if kept_rows else target.new_empty(0, dtype=torch.int64)
 
 
 def row_loss(logits, target, row_scale, param, **options):
@@ -202,19 +172,58 @@ def row_loss(logits, target, row_scale, param, **options):
     return loss_and_dlogits(logits, target, row_scale, param, None, **options)
 
 
-def dlogits(logits, target, row_grad, rows, out, *, z_loss, label_smoothing, softcap, logit_scale):
+def dlogits(logits, target, row_grad, rows, out, *, softcap, logit_scale, **options):
     """Write the gradient for row_grad [N] = upstream gradient * row_scale to out, which may be the logits."""
-    V = logits.shape[2]
     block = _Block(logits, logit_scale, softcap)
-    for row, index in _blocks(logits):
+    for row, index in _blocks(logits, block.n_rows):
         wanted = (rows[COEF, row] != 0) & (row_grad[row] != 0)
         selected = None if wanted.all() else wanted
-        block_rows = _select(rows[:, row], selected)
-        block.load(logits[index] if selected is None else logits[index][selected])
-        block.write_gradient(
-            out[index], selected, _select(target[row], selected).clamp(0, V - 1), _select(row_grad[row], selected),
-            block_rows, z_loss, label_smoothing,
+        z, p_memory = block.load(_select(logits[index], selected))
+        _write_gradient(
+            out[index], selected, torch.softmax(z, 1, out=p_memory), z, _select(target[row], selected),
+            _select(row_grad[row], selected), rows[:, row] if selected is None else rows[:, row][:, selected],
+            softcap=softcap, logit_scale=logit_scale, **options,
         )  # fmt: skip
+
+
+def loss_and_kept_dlogits(
+    logits, target, row_scale, param, *, rule, alpha, ignore_index, z_loss, label_smoothing, softcap, logit_scale
+):
+    """Loss and gradient of the logits [1, n, V], no row of which is ignored, for an upstream gradient of 1, packed.
+
+    Returns loss [n], rows [6, n] and kept [K]: row i < K of the logits now holds the gradient of row kept[i].
+    """
+    x = logits[0]
+    of_gradient = dict(z_loss=z_loss, label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale)
+    # The softmax takes the place of its logits: on a CPU it is made row by row, each read before it is written.
+    in_place = x.device.type == "cpu" and _is_z(x, logit_scale, softcap)
+    if in_place:
+        loss, rows, _ = _losses(x, x, target, row_scale, param, rule, alpha, z_loss, label_smoothing)
+    else:
+        loss, rows = row_loss(
+            logits, target, row_scale, param, rule=rule, alpha=alpha, ignore_index=ignore_index, **of_gradient
+        )
+    kept = _pack(x, (rows[COEF] != 0).nonzero().squeeze(1))
+    packed, of_kept = x[: len(kept)], (target[kept], row_scale[kept], rows[:, kept])
+    if in_place:
+        _write_gradient(packed, None, packed, None, *of_kept, **of_gradient)
+    else:
+        dlogits(packed[None], *of_kept, packed[None], **of_gradient)
+    return loss, rows, kept
+
+
+def _pack(x, kept):
+    """Move the kept rows [K] of x [n, V] into its first K; returns which row each of those was."""
+    K = len(kept)
+    n_staying = int((kept < K).sum())
+    taken = torch.zeros(K, dtype=torch.bool, device=x.device).index_fill_(0, kept[:n_staying], True)
+    order, gaps = torch.arange(K, device=x.device), taken.logical_not().nonzero().squeeze(1)
+    order[gaps] = kept[n_staying:]
+    step = max(BLOCK_LOGITS // x.shape[1], 1)
+    memory = x.new_empty(min(step, len(gaps)), x.shape[1])
+    for some in gaps.split(step):
+        x.index_copy_(0, some, torch.index_select(x, 0, order[some], out=memory[: len(some)]))
+    return order
 
 
 def scale_(dlogits, factor):
