@@ -7,6 +7,7 @@ import sys
 # Modules of this package with main(arguments) -> exit status; main(["--quick"]) takes a minute or two.
 SUBCOMMANDS = {
     "logits": "time and memory of one loss and its gradient on given logits",
+    "linear": "time and memory of linear layer, loss and gradients, without all logits in memory",
     "train": "train a small language model with each loss on Python's own documentation",
 }
 EXTRA = {"matplotlib", "tabulate", "tokenizers", "tqdm"}

@@ -1,17 +1,8 @@
 """Time and memory of one loss and its gradient, on logits of which a given share of rows is truncated."""
 
 import argparse
-import json
 import math
-import os
-import shutil
-import statistics
 import sys
-import tempfile
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +12,7 @@ from tqdm import tqdm
 import tce_kernels
 
 from . import report
+from .measure import Provider, compiles, interleaved, observe, prepare, quantiles, ratio, run
 
 try:
     from liger_kernel.transformers import LigerCrossEntropyLoss
@@ -30,13 +22,6 @@ except ImportError:
 THRESHOLD = 0.9
 CONFIDENT = 0.99  # p_t of the rows that are to be truncated
 CHECKED_ROWS = 64
-
-
-class Provider(NamedTuple):
-    name: str
-    loss: Callable[[Tensor, Tensor], Tensor]
-    truncates: bool = True
-    overwrites: bool = False  # the logits, which then have to be fresh for every run
 
 
 def plain_truncated(logits: Tensor, target: Tensor) -> Tensor:
@@ -61,11 +46,6 @@ def providers(device: torch.device) -> list[Provider]:
     return found
 
 
-def compiles(device: torch.device) -> bool:
-    """Whether torch.compile has what it needs: on a CPU, a C++ compiler."""
-    return device.type != "cpu" or any(map(shutil.which, [os.environ.get("CXX", "g++"), "g++", "clang++"]))
-
-
 def make_inputs(N: int, V: int, dtype: torch.dtype, share: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Random normal logits (N, V), round(share * N) rows of which have p_t of about CONFIDENT, and targets (N,)."""
     generator = torch.Generator(device).manual_seed(0)
@@ -78,19 +58,10 @@ def make_inputs(N: int, V: int, dtype: torch.dtype, share: float, device: torch.
     return logits.requires_grad_(), target
 
 
-def run(provider: Provider, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    loss = provider.loss(logits, target)
-    return loss.detach(), torch.autograd.grad(loss, logits)[0]
-
-
-def prepare(provider: Provider, logits: Tensor) -> Tensor:
-    return logits.detach().clone().requires_grad_() if provider.overwrites else logits
-
-
 def check(provider: Provider, logits: Tensor, target: Tensor) -> None:
     """Stop the program unless loss and gradient (of the first rows) agree with the reference in float64."""
     N = len(target)
-    loss, gradient = run(provider, prepare(provider, logits), target)
+    loss, (gradient,) = run(provider, prepare(provider, (logits, target)))
     total = 0.0
     for x, t in zip(logits.detach().split(CHECKED_ROWS), target.split(CHECKED_ROWS), strict=True):
         total += reference(x.double(), t)
@@ -114,75 +85,20 @@ def reference(logits: Tensor, target: Tensor) -> Tensor:
     return tce_kernels.truncated_cross_entropy(logits, target, THRESHOLD, reduction="sum", backend="reference")
 
 
-def milliseconds(provider: Provider, logits: Tensor, target: Tensor) -> float:
-    logits = prepare(provider, logits)
-    synchronise(logits.device)
-    start = time.perf_counter()
-    run(provider, logits, target)
-    synchronise(logits.device)
-    return 1e3 * (time.perf_counter() - start)
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def extra_mebibytes(provider: Provider, logits: Tensor, target: Tensor) -> float:
-    """Peak memory beyond the inputs and the gradient that is returned."""
-    logits = prepare(provider, logits)
-    if logits.is_cuda:
-        torch.cuda.reset_peak_memory_stats(logits.device)
-        before = torch.cuda.memory_allocated(logits.device)
-        gradient = run(provider, logits, target)[1]
-        peak = torch.cuda.max_memory_allocated(logits.device) - before
-    else:
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-            gradient = run(provider, logits, target)[1]
-        peak = traced_peak(profile)
-    in_place = gradient.data_ptr() == logits.data_ptr()
-    return (peak - (0 if in_place else gradient.nbytes)) / 2**20
-
-
-def traced_peak(profile: torch.profiler.profile) -> int:
-    """Peak bytes of a profile: the largest running sum of its allocations and releases."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    allocated = peak = 0
-    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
-        allocated += event["args"]["Bytes"]
-        peak = max(peak, allocated)
-    return peak
-
-
-def measure(candidates: list[Provider], logits: Tensor, target: Tensor, rounds: int, progress: tqdm) -> list[dict]:
-    """One row of results per provider. Each round runs every provider once, each time starting with another one."""
+def measure(candidates: list[Provider], inputs: tuple[Tensor, Tensor], rounds: int, progress: tqdm) -> list[dict]:
+    """One row of results per provider."""
     for provider in candidates:
         if provider.truncates:
             progress.set_postfix_str(f"check {provider.name}")
-            check(provider, logits, target)
-    extra = [extra_mebibytes(provider, logits, target) for provider in candidates]
-    times = [[] for _ in candidates]
-    for round_ in range(rounds):
-        for i in range(len(candidates)):
-            i = (i + round_) % len(candidates)
-            progress.set_postfix_str(candidates[i].name)
-            times[i].append(milliseconds(candidates[i], logits, target))
-            progress.update()
-    results = []
-    for i, provider in enumerate(candidates):
-        deciles = statistics.quantiles(times[i], n=10, method="inclusive")
-        ratio = statistics.median(mine / first for mine, first in zip(times[i], times[0], strict=True))
-        results.append(
-            dict(
-                provider=provider.name, ms_p50=deciles[4], ms_p20=deciles[1], ms_p80=deciles[7], ratio=ratio,
-                extra_peak_MiB=extra[i], truncates=provider.truncates,
-            )
-        )  # fmt: skip
-    return results
+            check(provider, *inputs)
+    extra = [observe(provider, inputs).extra_mebibytes for provider in candidates]
+    times = interleaved(candidates, inputs, rounds, progress)
+    return [
+        dict(provider=provider.name)
+        | quantiles(times[i])
+        | dict(ratio=ratio(times[i], times[0]), extra_peak_MiB=extra[i], truncates=provider.truncates)
+        for i, provider in enumerate(candidates)
+    ]
 
 
 def as_table(results: list[dict]) -> list[dict]:
@@ -231,7 +147,7 @@ def main(arguments: list[str]) -> int:
         try:
             for share in shares:
                 inputs = make_inputs(N, V, dtype, share, device)
-                for row in measure(candidates, *inputs, rounds, progress):
+                for row in measure(candidates, inputs, rounds, progress):
                     results.append(dict(N=N, V=V, dtype=dtype_name, share=share) | row)
         except KeyboardInterrupt:
             status = report.INTERRUPTED

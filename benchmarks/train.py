@@ -4,6 +4,7 @@ The text is the documentation that every CPython carries, `pydoc_data.topics`: r
 """
 
 import argparse
+import functools
 import math
 import random
 import re
@@ -20,7 +21,7 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tce_kernels import LossStats, focal_cross_entropy, truncated_cross_entropy
+from tce_kernels import LossStats, linear_focal_cross_entropy, linear_truncated_cross_entropy
 
 from . import report
 
@@ -30,11 +31,11 @@ import matplotlib.pyplot as plt  # noqa: E402 - after the choice of backend
 THRESHOLD = 0.9
 LOG_THRESHOLD = math.log(THRESHOLD)
 LOSSES = {
-    "cross-entropy": lambda logits, target: truncated_cross_entropy(logits, target, 1.0, return_stats=True),
-    f"truncated, {THRESHOLD}": lambda logits, target: truncated_cross_entropy(
-        logits, target, THRESHOLD, return_stats=True
+    "cross-entropy": functools.partial(linear_truncated_cross_entropy, threshold=1.0, return_stats=True),
+    f"truncated, {THRESHOLD}": functools.partial(
+        linear_truncated_cross_entropy, threshold=THRESHOLD, return_stats=True
     ),
-    "focal, gamma 2": lambda logits, target: focal_cross_entropy(logits, target, 2.0, return_stats=True),
+    "focal, gamma 2": functools.partial(linear_focal_cross_entropy, gamma=2.0, return_stats=True),
 }
 COLOURS = ["#0072B2", "#D55E00", "#009E73"]  # of Okabe and Ito, told apart by colour-blind readers too
 STYLES = ["-", "--", ":"]
@@ -62,7 +63,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Pre-norm transformer: tokens (B, T) to logits (B, T, V)."""
+    """Pre-norm transformer: tokens (B, T) to what `head` makes logits of, (B, T, D)."""
 
     def __init__(self, D: int = 128, n_blocks: int = 2, n_heads: int = 4):
         super().__init__()
@@ -74,7 +75,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
-        return self.head(self.norm(self.blocks(x)))
+        return self.norm(self.blocks(x))
 
 
 class Training(NamedTuple):
@@ -121,7 +122,7 @@ def train(name: str, tokens: Tensor, steps: int, seed: int) -> Training:
         for start in progress:
             began = time.perf_counter()
             batch = tokens[(start + offsets).to(tokens.device)]
-            loss, stats = LOSSES[name](model(batch[:, :-1]), batch[:, 1:])
+            loss, stats = LOSSES[name](model(batch[:, :-1]), model.head.weight, batch[:, 1:])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -136,8 +137,8 @@ def train(name: str, tokens: Tensor, steps: int, seed: int) -> Training:
 def evaluate(model: nn.Module, tokens: Tensor) -> LossStats:
     """Statistics of all held-out tokens under the truncated loss."""
     inputs, target = windows(tokens)
-    logits = torch.cat([model(batch) for batch in inputs.split(BATCH)])
-    return truncated_cross_entropy(logits, target, THRESHOLD, return_stats=True)[1]
+    hidden = torch.cat([model(batch) for batch in inputs.split(BATCH)])
+    return linear_truncated_cross_entropy(hidden, model.head.weight, target, THRESHOLD, return_stats=True)[1]
 
 
 def result(training: Training, held_out: LossStats) -> dict:

@@ -374,18 +374,18 @@ def scale_kernel(
 
 @triton.jit
 def move_rows_kernel(
-    rows_ptr,  # [n, V], V contiguous
+    rows_ptr,  # [n, stride_rows_n]: rows with what pads them
     source_ptr,  # [K] int64
-    stride_rows_n, V,
+    stride_rows_n,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Program i copies row source[i] over row i. No row may be both read and written, so rows that stay are skipped."""
     row = tl.cast(tl.program_id(0), tl.int64)
     source = tl.load(source_ptr + row)
     if source != row:
-        for start in range(0, V, BLOCK_V):
+        for start in range(0, stride_rows_n, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V)
-            mask = cols < V
+            mask = cols < stride_rows_n
             x = tl.load(rows_ptr + source * stride_rows_n + cols, mask=mask)
             tl.store(rows_ptr + row * stride_rows_n + cols, x, mask=mask)
 
@@ -508,9 +508,9 @@ def loss_and_dlogits(
 
 
 def loss_and_kept_dlogits(logits, target, row_scale, param, **options):
-    """`loss_and_dlogits` over the logits [1, n, V], packed: the gradients of the K kept rows become its first K rows.
+    """`loss_and_dlogits` over the logits [1, n, V] of a buffer of rows, no row of which is ignored, packed.
 
-    Returns loss [n], rows [6, n] and kept [K]: row i of the logits now holds the gradient of row kept[i].
+    Returns loss [n], rows [6, n] and kept [K]: row i < K of the logits now holds the gradient of row kept[i].
     """
     loss, rows = loss_and_dlogits(logits, target, row_scale, param, logits, fill=False, **options)
     is_kept = rows[stats.COEF] != 0
@@ -522,7 +522,7 @@ def loss_and_kept_dlogits(logits, target, row_scale, param, **options):
     gap = is_kept[:K].logical_not().cumsum(0)
     source = torch.where(is_kept[:K], torch.arange(K, device=gap.device), kept[-gap])
     with _device(logits):
-        move_rows_kernel[(K,)](logits, source, logits.stride(1), logits.shape[2], BLOCK_V=BLOCK_V, **_launch_options())
+        move_rows_kernel[(K,)](logits, source, logits.stride(1), BLOCK_V=BLOCK_V, **_launch_options())
     return loss, rows, source
 
 

@@ -18,7 +18,6 @@ from .stats import COEF, N_FIELDS
 
 GPU_CHUNK_ROWS, GPU_CHUNK_BYTES = 2048, 2**29
 CPU_CHUNK_ROWS = 1024
-VECTOR_BYTES = 16
 
 
 def auto_chunk_size(V: int, itemsize: int, on_cpu: bool) -> int:
@@ -130,10 +129,9 @@ def _through_chunks(
     V = len(head.weight)
     if chunk_size is None:
         chunk_size = auto_chunk_size(V, head.dtype.itemsize, head.input.device.type == "cpu")
-    # Rows that start at multiples of 16 bytes are what fast matmuls and wide loads need; PyTorch's row operations on
-    # a CPU would copy them.
-    aligned = VECTOR_BYTES // head.dtype.itemsize
-    stride = V if backend == "torch" else -(-V // aligned) * aligned
+    # Fast matmuls need rows that start at multiples of 16 bytes, and Triton proves wide accesses right from strides
+    # that are multiples of 16 elements. PyTorch's row operations would copy rows with gaps between them.
+    stride = V if backend == "torch" else -(-V // 16) * 16
     n_waiting, waiting = 0, []
     most_waiting = (chunk_size - 1) // 2 if gradients else 0
     buffer = head.weight.new_empty(min(len(rows), chunk_size + most_waiting), stride)[:, :V]

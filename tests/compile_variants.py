@@ -16,9 +16,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 import tce_kernels
-from tce_kernels import kernels
+from tce_kernels import kernels, stats
 
-KERNELS = ("row_loss_kernel", "dlogits_kernel", "loss_and_dlogits_kernel", "scale_kernel")
+KERNELS = ("row_loss_kernel", "dlogits_kernel", "loss_and_dlogits_kernel", "move_rows_kernel", "scale_kernel")
 
 FLAGS = [
     (tce_kernels.truncated_cross_entropy, {"softcap": softcap, "label_smoothing": smoothing})
@@ -93,16 +93,40 @@ def compile_all(target):
                 leaf = logits.detach().requires_grad_()
                 targets = torch.zeros(2, dtype=torch.int64)
                 loss(leaf, targets, allow_retain_graph=allow_retain_graph, backend="triton", **flags).backward()
-            for compiled, launch in Compiled.launches:
-                if compiled.hash not in known:
-                    known[compiled.hash] = resources(compiled, target)
-                print(json.dumps(launch | dict(dtype=str(dtype), layout=layout) | known[compiled.hash]), flush=True)
+            report(layout, dtype, known, target)
+    compile_linear(known, target)
+
+
+def compile_linear(known, target):
+    """The chunk buffer of the linear path: padded to aligned rows, its kept rows packed."""
+    make_rows = kernels.loss_and_dlogits
+
+    def half_kept(logits, *args, **options):  # nothing is launched, so nothing would be kept
+        loss, rows = make_rows(logits, *args, **options)
+        rows[stats.COEF] = torch.arange(len(loss)) % 2
+        return loss, rows
+
+    kernels.loss_and_dlogits = half_kept
+    for dtype, V in itertools.product((torch.float32, torch.bfloat16, torch.float16), (32000, 50257)):
+        Compiled.launches.clear()
+        input, weight = torch.zeros(4, 16, dtype=dtype, requires_grad=True), torch.zeros(V, 16, dtype=dtype)
+        target_rows = torch.zeros(4, dtype=torch.int64)
+        tce_kernels.linear_truncated_cross_entropy(input, weight, target_rows, backend="triton").backward()
+        report(f"chunk of {V}", dtype, known, target)
+    kernels.loss_and_dlogits = make_rows
+
+
+def report(layout, dtype, known, target):
+    for compiled, launch in Compiled.launches:
+        if compiled.hash not in known:
+            known[compiled.hash] = resources(compiled, target)
+        print(json.dumps(launch | dict(dtype=str(dtype), layout=layout) | known[compiled.hash]), flush=True)
 
 
 def resources(compiled, target):
-    report = {"shared": compiled.metadata.shared}
+    found = {"shared": compiled.metadata.shared}
     if target.backend == "hip":
-        return report
+        return found
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -111,12 +135,12 @@ def resources(compiled, target):
     # A register that spills lives in the stack frame, which is local memory.
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage).groups())
     ptx = compiled.asm["ptx"]
-    report |= {"registers": registers, "stack": stack, "local": local}
+    found |= {"registers": registers, "stack": stack, "local": local}
     for name, instruction in [("load", "ld"), ("store", "st")]:
         accesses = re.findall(rf"\b{instruction}\.global\S*?\.((?:v\d\.)?b\d+)", ptx)
-        report[f"{name}s_128"] = sum(access in ("v4.b32", "v2.b64") for access in accesses)
-        report[f"{name}s_narrow"] = sum(access in ("b16", "v2.b16") for access in accesses)
-    return report
+        found[f"{name}s_128"] = sum(access in ("v4.b32", "v2.b64") for access in accesses)
+        found[f"{name}s_narrow"] = sum(access in ("b16", "v2.b16") for access in accesses)
+    return found
 
 
 if __name__ == "__main__":

@@ -88,6 +88,22 @@ def test_aligned_16_bit_rows_move_16_bytes_at_a_time(variants, target):
 
 
 @pytest.mark.parametrize("target", NVIDIA)
+def test_chunks_of_the_linear_path_move_16_bytes_at_a_time(variants, target):
+    """The vocabulary may be odd: the buffer's rows are padded."""
+    checked = 0
+    for report in variants(target):
+        if not report["layout"].startswith("chunk of") or report["kernel"] == "scale_kernel":
+            continue
+        assert report["loads_128"] > 0 and report["stores_128"] > 0, report
+        if report["kernel"] == "move_rows_kernel":
+            assert report["loads_narrow"] == report["stores_narrow"] == 0, report
+        else:
+            assert not report["PEEL"], report
+        checked += 1
+    assert checked == 12
+
+
+@pytest.mark.parametrize("target", NVIDIA)
 def test_the_body_of_unaligned_16_bit_rows_moves_16_bytes_at_a_time(variants, target):
     checked = 0
     for report in variants(target):

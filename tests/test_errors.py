@@ -7,7 +7,15 @@ import torch
 from cases import FAST, needs_triton
 
 import tce_kernels
-from tce_kernels import FocalCrossEntropyLoss, TruncatedCrossEntropyLoss, focal_cross_entropy, truncated_cross_entropy
+from tce_kernels import (
+    FocalCrossEntropyLoss,
+    LinearTruncatedCrossEntropyLoss,
+    TruncatedCrossEntropyLoss,
+    focal_cross_entropy,
+    linear_focal_cross_entropy,
+    linear_truncated_cross_entropy,
+    truncated_cross_entropy,
+)
 
 N, V = 4, 7
 
@@ -117,6 +125,105 @@ def test_bad_focal_arguments(options, error, message, device):
 def test_modules_check_their_options_when_they_are_made(options, error, message):
     with pytest.raises(error, match=re.escape(message)):
         TruncatedCrossEntropyLoss(**options)
+
+
+D = 3
+LINEAR = [
+    (dict(input=[[0.0] * D] * N), TypeError, "input must be a torch.Tensor, got list"),
+    (dict(linear_weight=None), TypeError, "linear_weight must be a torch.Tensor, got NoneType"),
+    (dict(linear_bias=1.0), TypeError, "linear_bias must be a torch.Tensor, got float"),
+    (dict(input=torch.zeros(N, D, dtype=torch.int64)), TypeError, "input must be float16, bfloat16, float32 or float64, got torch.int64"),
+    (dict(linear_weight=torch.zeros(V, D, dtype=torch.bool)), TypeError, "linear_weight must be float16, bfloat16, float32 or float64, got torch.bool"),
+    (dict(input=torch.zeros(N, D + 1)), ValueError, f"input must be (..., D) with D = {D} as in linear_weight, got shape [{N}, {D + 1}]"),
+    (dict(input=torch.zeros(())), ValueError, f"input must be (..., D) with D = {D} as in linear_weight, got shape []"),
+    (dict(linear_weight=torch.zeros(V)), ValueError, f"linear_weight must be (V, D) with at least one class and feature, got shape [{V}]"),
+    (dict(linear_weight=torch.zeros(0)), ValueError, "got shape [0]; a weight that is sharded must be gathered first"),
+    (dict(linear_weight=torch.zeros(0, D)), ValueError, "linear_weight must be (V, D) with at least one class and feature, got shape [0, 3]"),
+    (dict(linear_bias=torch.zeros(V, 1)), ValueError, f"linear_bias must have one entry per class, [{V}], got [{V}, 1]"),
+    (dict(input=torch.zeros(N, D, dtype=torch.bfloat16)), TypeError, "linear_weight must have the dtype of the input (torch.bfloat16), got"
+     " torch.float32; convert one of them, or use torch.autocast"),
+    (dict(linear_bias=torch.zeros(V, dtype=torch.float16)), TypeError, "linear_bias must have the dtype of the input (torch.float32), got torch.float16"),
+    (dict(target=torch.zeros(N + 1, dtype=torch.int64)), ValueError, f"target must have the shape of the input without the last dimension, [{N}], got [{N + 1}]"),
+    (dict(weight=torch.ones(V + 1)), ValueError, f"weight must have one entry per class, [{V}], got [{V + 1}]"),
+    (dict(chunk_size=0), ValueError, "chunk_size must be 'auto' or at least 1, got 0"),
+    (dict(chunk_size=2.0), TypeError, "chunk_size must be 'auto' or an int, got 2.0"),
+    (dict(chunk_size=True), TypeError, "chunk_size must be 'auto' or an int, got True"),
+    (dict(chunk_size="all"), TypeError, "chunk_size must be 'auto' or an int, got 'all'"),
+    (dict(accumulate_dtype="float32"), TypeError, "accumulate_dtype must be a torch.dtype, got 'float32'"),
+    (dict(accumulate_dtype=torch.int32), ValueError, "accumulate_dtype must be one of torch.float16, torch.bfloat16, torch.float32,"
+     " torch.float64, got torch.int32"),
+]  # fmt: skip
+LINEAR_OPTIONS = [case for case in OPTIONS if "inplace" not in case[0]]
+
+
+def refuse_linear(function, options, error, message, device):
+    options = {
+        k: v.to(device) if isinstance(v, torch.Tensor) and not v.requires_grad else v for k, v in options.items()
+    }
+    given = dict(
+        input=torch.zeros(N, D, device=device, requires_grad=True), linear_weight=torch.zeros(V, D, device=device),
+        target=torch.zeros(N, dtype=torch.int64, device=device),
+    )  # fmt: skip
+    with pytest.raises(error, match=re.escape(message)):
+        function(**given | options)
+
+
+@pytest.mark.parametrize("options, error, message", LINEAR_OPTIONS + LINEAR, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("backend", ["auto", "reference", *FAST])
+def test_bad_linear_arguments(backend, options, error, message, device):
+    refuse_linear(linear_truncated_cross_entropy, {"backend": backend, **options}, error, message, device)
+    if not {"threshold", "label_smoothing"} & set(options):
+        refuse_linear(linear_focal_cross_entropy, {"backend": backend, **options}, error, message, device)
+
+
+@pytest.mark.parametrize("options, error, message", FOCAL, ids=lambda value: str(value)[:40])
+def test_bad_linear_focal_arguments(options, error, message, device):
+    refuse_linear(linear_focal_cross_entropy, options, error, message, device)
+
+
+def test_linear_modules_check_their_options_when_they_are_made():
+    module_options = [
+        c for c in LINEAR_OPTIONS + LINEAR if {"chunk_size", "accumulate_dtype", "threshold", "reduction"} & set(c[0])
+    ]
+    assert len(module_options) > 10
+    for options, error, message in module_options:
+        with pytest.raises(error, match=re.escape(message)):
+            LinearTruncatedCrossEntropyLoss(**options)
+    with pytest.raises(TypeError, match="inplace is not an option of the linear loss"):
+        LinearTruncatedCrossEntropyLoss(inplace=True)
+    with pytest.raises(TypeError, match="inplace"):
+        linear_truncated_cross_entropy(torch.zeros(N, D), torch.zeros(V, D), torch.zeros(N).long(), inplace=True)
+
+
+def test_linear_devices_must_agree():
+    given = dict(input=torch.zeros(N, D), linear_weight=torch.zeros(V, D), target=torch.zeros(N, dtype=torch.int64))
+    for name, tensor in given.items() | {("token_weight", torch.ones(N)), ("linear_bias", torch.ones(V))}:
+        if name == "input":
+            continue
+        with pytest.raises(ValueError, match=rf"{name} must be on the device of the input \(cpu\), got meta"):
+            linear_truncated_cross_entropy(**given | {name: tensor.to("meta")})
+
+
+@pytest.mark.parametrize("target", [-1, V, 2**40])
+def test_bad_targets_of_the_linear_loss(target, device):
+    input, weight = torch.randn(N, D, device=device, requires_grad=True), torch.randn(V, D, device=device)
+    targets = torch.tensor([0, -100, target, 1], device=device)
+    if device.type == "cpu":
+        for backend in ("torch", "reference"):
+            for context in (torch.no_grad(), torch.enable_grad()):
+                with context, pytest.raises(IndexError, match=rf"got {target} at position \[2\]"):
+                    linear_truncated_cross_entropy(input, weight, targets, 1.0, backend=backend)
+
+
+@needs_triton
+@pytest.mark.parametrize("target", [-1, V, 2**40])
+def test_bad_targets_of_the_linear_loss_are_nan_on_triton(target, device):
+    input, weight = torch.randn(N, D, device=device, requires_grad=True), torch.randn(V, D, device=device)
+    targets = torch.tensor([0, -100, target, 1], device=device)
+    value = linear_truncated_cross_entropy(input, weight, targets, 1.0, backend="triton", reduction="none")
+    assert value.isnan().tolist() == [False, False, True, False]
+    (gradient,) = torch.autograd.grad(value.sum(), input)
+    assert gradient.isnan().any(1).tolist() == [False, False, True, False]
 
 
 def test_unknown_options_are_refused():

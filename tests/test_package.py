@@ -16,8 +16,9 @@ PACKAGE = ROOT / "tce_kernels"
 ALLOWED = {
     "__init__": {"functional", "modules", "reference", "stats"},
     "modules": {"checks", "functional", "stats"},
-    "functional": {"autograd", "checks", "reference", "stats"},
+    "functional": {"autograd", "checks", "linear", "reference", "stats", "torch_ops"},
     "checks": {"autograd"},
+    "linear": {"autograd", "stats"},
     "autograd": {"kernels", "stats", "torch_ops"},
     "kernels": {"stats"},
     "torch_ops": {"stats"},
