@@ -37,16 +37,16 @@ class Case(NamedTuple):
 def cases(quick: bool, shape: list[int] | None, dtype: str | None, on_gpu: bool) -> list[Case]:
     """All shares of truncated rows; unless a shape or dtype is asked for, also other N, V and dtypes at one half."""
     N, D, V = shape or ((8192, 4096, 128256) if on_gpu else (1024 if quick else 2048, 576, 49152))
-    half = Case(N, D, V, getattr(torch, dtype or ("bfloat16" if on_gpu else "float32")), 0.5, 3 if quick else 7)
+    half = Case(N, D, V, getattr(torch, dtype or ("bfloat16" if on_gpu else "float32")), 0.5, 3 if quick else 5)
     if quick:
         return [half._replace(share=share) for share in (0.0, 0.8)]
     found = [half._replace(share=share) for share in (0.0, 0.1, 0.3, 0.5, 0.8, 0.95)]
     if shape or dtype:
         return found
-    found += [half._replace(N=other, rounds=5) for other in ((2048, 32768) if on_gpu else (512, 1024, 4096))]
+    found += [half._replace(N=other, rounds=3) for other in ((2048, 32768) if on_gpu else (512, 1024, 4096))]
     found += [half._replace(V=other, rounds=3) for other in ((32000, 262144) if on_gpu else (16384, 98304))]
     for other in (torch.float16,) if on_gpu else (torch.bfloat16, torch.float16):
-        found += [half._replace(dtype=other, share=share, rounds=5) for share in (0.0, 0.5)]
+        found += [half._replace(dtype=other, share=share, rounds=3) for share in (0.0, 0.5)]
     return found
 
 

@@ -135,19 +135,20 @@ def _through_chunks(
     n_waiting, waiting = 0, []
     most_waiting = (chunk_size - 1) // 2 if gradients else 0
     buffer = head.weight.new_empty(min(len(rows), chunk_size + most_waiting), stride)[:, :V]
-    for chunk in rows.split(chunk_size):
-        logits = buffer[n_waiting : n_waiting + len(chunk)]
-        head.write_logits(chunk, logits)
-        kept = step(logits[None], chunk)
-        if gradients is None:
-            continue
-        waiting.append(kept)
-        n_waiting += len(kept)
-        if n_waiting > most_waiting:
+    with torch.autocast(head.input.device.type, enabled=False):  # the dtypes have been chosen
+        for chunk in rows.split(chunk_size):
+            logits = buffer[n_waiting : n_waiting + len(chunk)]
+            head.write_logits(chunk, logits)
+            kept = step(logits[None], chunk)
+            if gradients is None:
+                continue
+            waiting.append(kept)
+            n_waiting += len(kept)
+            if n_waiting > most_waiting:
+                gradients.add(buffer[:n_waiting], torch.cat(waiting))
+                n_waiting, waiting = 0, []
+        if n_waiting:
             gradients.add(buffer[:n_waiting], torch.cat(waiting))
-            n_waiting, waiting = 0, []
-    if n_waiting:
-        gradients.add(buffer[:n_waiting], torch.cat(waiting))
 
 
 @custom_op("tce_kernels::linear_loss", mutates_args=())

@@ -1,6 +1,5 @@
 """The losses as modules without parameters."""
 
-import torch
 from torch import Tensor, nn
 
 from . import checks
@@ -49,20 +48,14 @@ class LinearTruncatedCrossEntropyLoss(_Loss):
         threshold, **options: as in `linear_truncated_cross_entropy`.
     """
 
-    def __init__(
-        self,
-        threshold: float | Tensor = 0.9,
-        *,
-        chunk_size: int | str = "auto",
-        accumulate_dtype: torch.dtype = torch.float32,
-        **options,
-    ):
+    def __init__(self, threshold: float | Tensor = 0.9, **options):
         checks.check_threshold(threshold)
-        checks.check_chunks(chunk_size, accumulate_dtype)
         if "inplace" in options:
             raise TypeError("inplace is not an option of the linear loss, which never has all logits")
+        of_chunks = {name: options.pop(name) for name in ("chunk_size", "accumulate_dtype") if name in options}
+        checks.check_chunks(**of_chunks)
         super().__init__(options)
-        self.options |= dict(chunk_size=chunk_size, accumulate_dtype=accumulate_dtype)
+        self.options |= of_chunks
         self.threshold = threshold
 
     def forward(

@@ -6,7 +6,9 @@ import shutil
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from cases import (
     DTYPES,
     FAST,
@@ -65,11 +67,7 @@ def option_values(device):
     ]
 
 
-@pytest.mark.parametrize(
-    "loss, dtype",
-    [(linear_truncated, torch.float32), (linear_truncated, torch.bfloat16), (linear_focal, torch.float16)],
-    ids=str,
-)
+@pytest.mark.parametrize("loss, dtype", [(linear_truncated, torch.float32), (linear_focal, torch.float16)], ids=str)
 @pytest.mark.parametrize("backend", FAST)
 def test_every_option_and_every_pair_of_options(backend, loss, dtype, device, small_blocks):
     values = option_values(device)
@@ -175,6 +173,18 @@ def test_processors_without_16_bit_matmuls(monkeypatch):
                 assert got.dtype == dtype
                 # Rounded once, by at most half an eps.
                 assert error_of(got, wanted) <= torch.finfo(dtype).eps / 2 + 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=str)
+def test_autocast_on_processors_without_16_bit_matmuls(options, monkeypatch):
+    monkeypatch.setattr(linear, "_supported", lambda dtype, device: torch.promote_types(dtype, torch.float32))
+    inputs = make_linear_inputs(N, D, V, torch.float32, "cpu")
+    want = linear_loss_and_gradients(linear_truncated, *inputs, chunk_size=4, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = linear_loss_and_gradients(linear_truncated, *inputs, chunk_size=4, **options)
+    assert torch.equal(got[0], want[0])
+    for one, other in zip(got[1], want[1], strict=True):
+        assert torch.equal(one, other)
 
 
 def test_which_processors_multiply_16_bits():
@@ -496,6 +506,45 @@ def test_gradients_accumulate_into_grad(backend, options, device):
     whole, _ = linear_truncated(input, weight, bias, inputs[3], backend="reference", **options).sum(), None
     for tensor, want in zip((input, weight, bias), torch.autograd.grad(whole, (input, weight, bias)), strict=True):
         torch.testing.assert_close(tensor.grad, want, atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_module_is_the_function(backend, device):
+    input, weight, bias, target = make_linear_inputs(N, D, V, torch.float32, device)
+    class_weight, token_weight = torch.rand(V, device=device), torch.rand(N, device=device)
+    module = tce_kernels.LinearTruncatedCrossEntropyLoss(0.6, weight=class_weight, chunk_size=4, backend=backend)
+    assert not list(module.parameters())
+    want = linear_truncated(
+        input, weight, bias, target, weight=class_weight, token_weight=token_weight, backend=backend, chunk_size=4
+    )
+    assert torch.equal(module(input, weight, target, bias, token_weight=token_weight), want)
+    assert repr(module) == f"LinearTruncatedCrossEntropyLoss(threshold=0.6, backend='{backend}', chunk_size=4)"
+    without = linear_truncated(input, weight, None, target, weight=class_weight, backend=backend, chunk_size=4)
+    assert torch.equal(module(input, weight, target), without)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_under_activation_checkpointing(backend, device):
+    input, weight, bias, target = make_linear_inputs(N, D, V, torch.float32, device)
+    tensors = [tensor.requires_grad_() for tensor in (input, weight, bias)]
+
+    def step(input, weight, bias):
+        return linear_truncated(input * 2, weight, bias, target, backend=backend, chunk_size=4)
+
+    direct = torch.autograd.grad(step(*tensors), tensors)
+    kept = torch.autograd.grad(torch.utils.checkpoint.checkpoint(step, *tensors, use_reentrant=False), tensors)
+    for one, other in zip(direct, kept, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_shapes_may_change_under_compilation():
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    step = torch.compile(lambda *inputs: linear_truncated(*inputs, chunk_size=4), fullgraph=True, backend=counter)
+    for rows in (5, 8, 13, 21):
+        inputs = make_linear_inputs(rows, D, V, torch.float32, "cpu")
+        assert torch.equal(step(*inputs), linear_truncated(*inputs, chunk_size=4))
+    assert counter.frame_count <= 2  # once for the first size, once for any other
 
 
 COMPILED = [
