@@ -199,6 +199,9 @@ def main(arguments: list[str]) -> int:
         f"threshold {THRESHOLD}, {rounds} interleaved rounds",
     ]
     print(*heading, sep="\n")
+    # The files beside those of the other benchmarks are of the full set of cases.
+    partial = bool(args.quick or args.shape or args.dtype)
+    path = report.results_path(device, "linear.csv", partial)
     results = []
     status = 0
     fields = [providers(case.N, case.dtype, case.share, device, args.quick) for case in todo]
@@ -208,16 +211,15 @@ def main(arguments: list[str]) -> int:
             for i, (case, field) in enumerate(zip(todo, fields, strict=True)):
                 new_shape = i == 0 or case[:4] != todo[i - 1][:4]
                 results += measure(case, field, new_shape, device, progress)
+                report.save(path, heading, results)  # whatever ends a long run, what is done is kept
         except KeyboardInterrupt:
             status = report.INTERRUPTED
-    # The files beside those of the other benchmarks are of the full set of cases.
-    partial = bool(args.quick or args.shape or args.dtype)
     if results:
-        report.publish(report.results_path(device, "linear.csv", partial), heading, results, as_table(results))
+        report.publish(path, heading, results, as_table(results))
         if len({row["V"] for row in results}) > 1:
-            path = report.results_path(device, "linear.png", partial)
-            plot(results, device, path)
-            print(f"Saved {path.relative_to(report.ROOT.parent)}")
+            picture = path.with_suffix(".png")
+            plot(results, device, picture)
+            print(f"Saved {picture.relative_to(report.ROOT.parent)}")
         print("* least, the bare matrix products aside. Extra peak: memory beyond the inputs and returned gradients.")
         print(f"Fastest peer: the shortest median apart from {OURS} and the bare matrix products.")
     for line in missing(device, args.quick):

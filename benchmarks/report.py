@@ -38,12 +38,16 @@ def results_path(device: torch.device, name: str, quick: bool) -> Path:
 def publish(path: Path, heading: list[str], rows: list[dict], table: list[dict]) -> None:
     """Print `table`; write `rows`, after the heading as comments, to the CSV file `path`."""
     print(tabulate(table, headers="keys", colalign=["left"] + ["right"] * (len(table[0]) - 1), disable_numparse=True))
+    save(path, heading, rows)
+    print(f"Saved {path.relative_to(ROOT.parent)}")
+
+
+def save(path: Path, heading: list[str], rows: list[dict]) -> None:
     with path.open("w", newline="") as file:
         file.writelines(f"# {line}\n" for line in heading)
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    print(f"Saved {path.relative_to(ROOT.parent)}")
 
 
 def _device_name(device: torch.device) -> str:
