@@ -26,6 +26,28 @@ def make_inputs(N, V, dtype, device, seed=0):
     return logits.to(dtype).to(device), target.to(device)
 
 
+def option_values(N, V, device):
+    """The options that all losses share, each at a value that matters."""
+    generator = torch.Generator().manual_seed(2)
+    token_weight = torch.rand(N, generator=generator).mul(2)
+    token_weight[3] = 0
+    return [
+        ("weight", torch.rand(V, generator=generator).mul(2).to(device)),
+        ("token_weight", token_weight.to(device)),
+        ("ignore_index", 7),
+        ("reduction", "sum"),
+        ("reduction", "none"),
+        ("denominator", "kept"),
+        ("denominator", 31),
+        ("denominator", torch.tensor(17, device=device)),
+        ("label_smoothing", 0.1),
+        ("z_loss", 1e-2),
+        ("softcap", 9.0),
+        ("logit_scale", 1.3),
+        ("allow_retain_graph", True),
+    ]
+
+
 def loss_and_gradient(loss, logits, target, *, upstream_seed=1, **options):
     """loss(logits, target, **options) and its gradient for a random upstream gradient, the same in every dtype."""
     logits = logits.detach().requires_grad_()

@@ -20,6 +20,7 @@ from cases import (
     linear_truncated,
     make_linear_inputs,
     needs_triton,
+    option_values,
 )
 
 import tce_kernels
@@ -43,34 +44,11 @@ def test_torch_backend_matches_the_reference_in_float64(loss, device, small_bloc
     assert_linear_matches_reference(loss, *inputs, backend="torch", chunk_size=4)
 
 
-def option_values(device):
-    generator = torch.Generator().manual_seed(2)
-    token_weight = torch.rand(N, generator=generator).mul(2)
-    token_weight[3] = 0
-    return [
-        ("linear_bias", None),
-        ("weight", torch.rand(V, generator=generator).mul(2).to(device)),
-        ("token_weight", token_weight.to(device)),
-        ("ignore_index", 7),
-        ("reduction", "sum"),
-        ("reduction", "none"),
-        ("denominator", "kept"),
-        ("denominator", 31),
-        ("denominator", torch.tensor(17, device=device)),
-        ("label_smoothing", 0.1),
-        ("z_loss", 1e-2),
-        ("softcap", 9.0),
-        ("logit_scale", 1.3),
-        ("allow_retain_graph", True),
-        ("accumulate_dtype", torch.float64),
-        ("accumulate_dtype", torch.bfloat16),
-    ]
-
-
 @pytest.mark.parametrize("loss, dtype", [(linear_truncated, torch.float32), (linear_focal, torch.float16)], ids=str)
 @pytest.mark.parametrize("backend", FAST)
 def test_every_option_and_every_pair_of_options(backend, loss, dtype, device, small_blocks):
-    values = option_values(device)
+    values = option_values(N, V, device)
+    values += [("linear_bias", None), ("accumulate_dtype", torch.float64), ("accumulate_dtype", torch.bfloat16)]
     tried = 0
     for (name, value), (other, other_value) in itertools.combinations_with_replacement(values, 2):
         options = {name: value, other: other_value}
