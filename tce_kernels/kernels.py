@@ -617,7 +617,7 @@ def _blocks(*tensors):
     return {
         "PEEL": wide and not provable,
         "VECTOR": 16 // item if wide else 1,
-        "BLOCK_V": block if wide or V <= block else block // 4,
+        "BLOCK_V": block if wide else block // 4,
         "THREADS": WARP * n_warps,
         **_launch_options(n_warps),
     }
