@@ -290,13 +290,7 @@ def _write_gradient(
         u = _lift(x, logit_scale, softcap, SOFTCAP)
         gradient = _gradient(tl.fma(u, fitting, -pivot), u, of_fused_exp, of_ones, SOFTCAP, SMOOTHING)
         tl.store(dlogits_ptr + cols, gradient, mask=mask, cache_modifier=".cs")
-
-    edge = tl.where(target < head, target, target - body)
-    in_body = (target >= head) & (target < head + body)
-    block = tl.where(in_body, (target - head) // BLOCK_V, edge // EDGE_V)
-    _write_target(
-        dlogits_ptr, target, target_u, row_max, of_exp, of_target, of_ones, scale, block % n_splits == split, SOFTCAP
-    )
+    _write_target(dlogits_ptr, target, target_u, row_max, of_exp, of_target, of_ones, scale, True, SOFTCAP)
 
 
 @triton.jit
@@ -315,13 +309,30 @@ def _write_zeros(
 
 
 @triton.jit
-def _target(target_ptr, row_ptr, row, V, ignore_index, logit_scale, softcap, SOFTCAP: tl.constexpr):
-    """Whether the row is live (not ignored), its target column (-1 if out of range) and the target's u (then NaN)."""
+def _target(target_ptr, row, V, ignore_index):
+    """Whether the row is live (not ignored), and its target column, -1 if that is out of range."""
     target = tl.load(target_ptr + row)
-    live = target != ignore_index
     in_range = (target >= 0) & (target < V)
-    x = tl.load(row_ptr + target, mask=live & in_range, other=float("nan"))
-    return live, tl.where(in_range, target, -1).to(tl.int32), _lift(x, logit_scale, softcap, SOFTCAP)
+    return target != ignore_index, tl.where(in_range, target, -1).to(tl.int32)
+
+
+@triton.jit
+def _target_u(row_ptr, target, wanted, logit_scale, softcap, SOFTCAP: tl.constexpr):
+    """u of the target; NaN if it is -1 or not wanted."""
+    x = tl.load(row_ptr + target, mask=wanted & (target >= 0), other=float("nan"))
+    return _lift(x, logit_scale, softcap, SOFTCAP)
+
+
+@triton.jit
+def _in_split(
+    target, row_ptr, V, split, n_splits, PEEL: tl.constexpr, BLOCK_V: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """Whether it is this split of the row that holds the target."""
+    EDGE_V: tl.constexpr = EDGE_LOGITS_PER_THREAD * THREADS
+    head, body = _peel(row_ptr, V, BLOCK_V, PEEL)
+    in_body = (target >= head) & (target < head + body)
+    edge = tl.where(target < head, target, target - body)
+    return tl.where(in_body, (target - head) // BLOCK_V, edge // EDGE_V) % n_splits == split
 
 
 @triton.jit(do_not_specialize=["inner", "N", "ignore_index"])
@@ -368,7 +379,8 @@ def row_loss_kernel(
     unit = tl.cast(softcap if SOFTCAP else logit_scale, tl.float32)
     scale = unit * tl.cast(LOG2_E, tl.float32)
     row_ptr = _row(logits_ptr, row, inner, stride_logits_outer, stride_logits_inner)
-    live, target, target_u = _target(target_ptr, row_ptr, row, V, ignore_index, logit_scale, softcap, SOFTCAP)
+    live, target = _target(target_ptr, row, V, ignore_index)
+    target_u = _target_u(row_ptr, target, live, logit_scale, softcap, SOFTCAP)
     row_max, sum_exp, sum_u = tl.cast(0.0, tl.float32), tl.cast(1.0, tl.float32), tl.cast(0.0, tl.float32)
     if N_SPLITS > 1:
         sums_ptr = split_sums_ptr + row * N_SPLITS + tl.arange(0, N_SPLITS)
@@ -410,7 +422,9 @@ def dlogits_kernel(
         row_grad, coef, tl.load(rows_ptr + LSE * N + row), tl.load(rows_ptr + SUM_EXP * N + row),
         z_loss, label_smoothing, logit_scale, V,
     )  # fmt: skip
-    _, target, target_u = _target(target_ptr, row_ptr, row, V, -1, logit_scale, softcap, SOFTCAP)
+    _, target = _target(target_ptr, row, V, -1)
+    target = tl.where(_in_split(target, row_ptr, V, split, n_splits, PEEL, BLOCK_V, THREADS), target, -1)
+    target_u = _target_u(row_ptr, target, True, logit_scale, softcap, SOFTCAP)
     tl.debug_barrier()  # the gradient may overwrite the target's logit: every thread has read it by now
     if (coef != 0.0) & (row_grad != 0.0):
         _write_gradient(
@@ -447,7 +461,8 @@ def loss_and_dlogits_kernel(
         row_ptr = _row(logits_ptr, row, inner, stride_logits_outer, stride_logits_inner)
         dlogits_row_ptr = _row(dlogits_ptr, row, inner, stride_dlogits_outer, stride_dlogits_inner)
         row_scale = tl.load(row_scale_ptr + row)
-        live, target, target_u = _target(target_ptr, row_ptr, row, V, ignore_index, logit_scale, softcap, SOFTCAP)
+        live, target = _target(target_ptr, row, V, ignore_index)
+        target_u = _target_u(row_ptr, target, live, logit_scale, softcap, SOFTCAP)
 
         row_max, sum_exp, sum_u = tl.cast(0.0, tl.float32), tl.cast(1.0, tl.float32), tl.cast(0.0, tl.float32)
         if ONE_BLOCK:
