@@ -35,4 +35,4 @@ def small_blocks(monkeypatch):
     if importlib.util.find_spec("triton"):
         from tce_kernels import kernels
 
-        monkeypatch.setattr(kernels, "BLOCK_V", 64)
+        monkeypatch.setattr(kernels, "WARP", 1)  # blocks of 64

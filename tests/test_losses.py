@@ -1,5 +1,6 @@
 """The fast backends against the float64 reference: shapes, dtypes, strides, every option and every pair of options."""
 
+import importlib.util
 import itertools
 
 import numpy as np
@@ -19,6 +20,7 @@ from cases import (
 
 import tce_kernels
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 LOSSES = [cross_entropy, truncated, focal]
 # One row each: a single class, less than a block, a block and a tail, several blocks and a tail.
 SHAPES = [(5, 1), (9, 33), (6, 8195), (3, 20011)]
@@ -242,3 +244,53 @@ def test_gradient_of_a_row_sums_to_zero_and_ignores_shifts(backend, device, smal
     assert gradient.sum(-1).abs().max() < 2e-6
     _, shifted = loss_and_gradient(truncated, logits + 3, target, backend=backend, reduction="none")
     torch.testing.assert_close(gradient, shifted, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "loss, options",
+    [
+        (truncated, {}),
+        (truncated, {"reduction": "none", "inplace": True}),
+        (truncated, {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 8.0}),
+        (focal, {"denominator": "kept"}),
+    ],
+    ids=str,
+)
+def test_programs_that_share_a_row(loss, options, dtype, device, small_blocks, monkeypatch):
+    """Fewer rows than multiprocessors: each row is split, with the same bits every time."""
+    from tce_kernels import kernels
+
+    monkeypatch.setattr(kernels, "_device_figures", lambda device: (16, 2**30))
+    splits = []
+    row_loss = kernels.row_loss
+    monkeypatch.setattr(
+        kernels, "row_loss", lambda x, *args, **kw: splits.append(kernels._n_splits(x)) or row_loss(x, *args, **kw)
+    )
+    for V in (129, 320):  # two blocks and a tail; five full ones
+        logits, target = make_inputs(3, V, dtype, device)
+        assert_matches_reference(loss, logits, target, backend="triton", **options)
+        runs = [loss_and_gradient(loss, logits, target, backend="triton", **options) for _ in range(2)]
+        assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+    assert set(splits) == {2, 4}
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize(
+    "figures", [(108, 40 * 2**20), (132, 50 * 2**20), (148, 126 * 2**20)], ids=["A100", "H100", "B200"]
+)
+def test_rows_in_flight_fit_the_cache_and_keep_memory_busy(figures, monkeypatch):
+    from tce_kernels import kernels
+
+    monkeypatch.setattr(kernels, "_device_figures", lambda device: figures)
+    n_multiprocessors, cache_bytes = figures
+    for V in (32000, 50257, 128256, 151936, 262144):
+        logits = torch.empty(1, dtype=torch.bfloat16).expand(1, 8192, V)
+        n_programs, n_warps = kernels._n_programs(logits), kernels._n_warps(logits)
+        assert n_programs * 2 * V <= cache_bytes * 3 // 4
+        assert n_programs % n_multiprocessors == 0 or n_programs < n_multiprocessors
+        assert n_programs * n_warps >= 7 * n_multiprocessors
+        assert kernels._n_splits(logits) == 1
+        few = kernels._n_splits(logits[:, : n_multiprocessors // 4])
+        assert few in (2, 4, 8)
