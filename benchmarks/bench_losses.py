@@ -13,7 +13,7 @@ pytest.importorskip("pytest_benchmark", reason='not installed: pip install -e ".
 pytest.importorskip("tqdm", reason='not installed: pip install -e ".[bench]"')
 
 from . import heads, linear, logits  # noqa: E402 - after what skips the module
-from .measure import OURS, Provider, observe, prepare, run, synchronise  # noqa: E402
+from .measure import OURS, Provider, observe, run, synchronise  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS = 20 if DEVICE.type == "cuda" else 5
@@ -51,17 +51,12 @@ def bench_logits(benchmark, record_property, provider, share, dtype):
 def bench_linear(benchmark, record_property, provider, share, dtype):
     N, D, V = (8192, 4096, 128256) if DEVICE.type == "cuda" else (512, 256, 32000)
     inputs = linear.make_inputs(linear.Case(N, D, V, getattr(torch, dtype), share, ROUNDS), DEVICE)
-    measure(
-        benchmark,
-        record_property,
-        provider,
-        inputs,
-        f"input {N} x {D}, weight {V} x {D}, {dtype}, {share:.0%} truncated",
-    )
+    benchmark.group = f"input {N} x {D}, weight {V} x {D}, {dtype}, {share:.0%} truncated"
+    measure(benchmark, record_property, provider, inputs)
 
 
 def measure(benchmark, record_property, provider, inputs):
-    run(provider, prepare(provider, inputs))  # kernels compile
+    run(provider, inputs)  # kernels compile
     benchmark.extra_info["extra_peak_MiB"] = extra = observe(provider, inputs).extra_mebibytes
     record_property("extra_peak_MiB", extra)
 
