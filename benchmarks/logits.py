@@ -125,8 +125,9 @@ def checker(case: Case, inputs: tuple[Tensor, Tensor]) -> Callable[[Provider, Ob
         threshold = THRESHOLD if provider.truncates else 1.0
         expected, loss = gradients[threshold], losses[threshold]
         # Relative to each entry, as log p of about -12 is rounded before it is exponentiated; and to 1/N at the
-        # target, where the gradient is the difference of two terms. float16 has no numbers between 0 and 2^-24.
-        tolerance = max(16 * torch.finfo(case.dtype).eps, 1e-5)
+        # target, where the gradient is the difference of two terms. In float32 the sum of V exponentials is off by
+        # more: 2e-5 in PyTorch. float16 has no numbers between 0 and 2^-24.
+        tolerance = max(16 * torch.finfo(case.dtype).eps, 1e-4)
         allowed = tolerance * expected.abs() + (2**-24 if case.dtype == torch.float16 else 0)
         allowed[rows, t] += tolerance / N * (expected[rows, t] != 0)
         gradient = observed.gradients[0]
