@@ -69,18 +69,21 @@ def write(device: torch.device, backend: str, to_check: list[correctness.Case], 
             page += section(part, path, device, bandwidth)
         if status:
             break
+    save(page, folder)
     if not status and device.type == "cuda":
         counted = [row for part in parts for row in count(part, device, start + CALLS_UNTIL)]
         if counted:
             report.save(folder / "calls.csv", [report.describe(device)], counted)
-            page += [
-                f"## Kernel launches and waits of the host, forward and backward, {COUNTED_SHARE:.0%} truncated",
-                report.as_text(counted, markdown=True),
-            ]
-    text = "\n\n".join(page) + "\n"
-    (folder / "report.md").write_text(text)
-    print(f"\n{text}\n{time.perf_counter() - start:.0f} seconds. Saved {folder / 'report.md'}")
+            title = f"## Kernel launches and waits of the host, forward and backward, {COUNTED_SHARE:.0%} truncated"
+            page += [title, report.as_text(counted, markdown=True)]
+            save(page, folder)
+    print("", *page, f"{time.perf_counter() - start:.0f} seconds.", sep="\n\n")
+    report.announce(folder / "report.md")
     return status
+
+
+def save(page: list[str], folder: Path) -> None:
+    (folder / "report.md").write_text("\n\n".join(page) + "\n")
 
 
 def copy_bandwidth(device: torch.device, n_bytes: int = 2**30) -> float:

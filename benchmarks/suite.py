@@ -86,7 +86,7 @@ def run(
                 new_shape = i == 0 or case[:-2] != todo[i - 1][:-2]  # but for share and rounds
                 start = time.perf_counter()
                 if start + longest[new_shape] > deadline:
-                    progress.write(f"{suite.name}, {in_words(suite, case)}: left out, no time is left")
+                    progress.write(f"{in_words(suite, case)}: left out, no time is left")
                     continue
                 results += _measure(suite, case, field, new_shape, device, deadline, progress)
                 longest[new_shape] = max(longest[new_shape], time.perf_counter() - start)
@@ -94,7 +94,7 @@ def run(
         except KeyboardInterrupt:
             status = report.INTERRUPTED
         except Inexact as error:
-            progress.write(f"{suite.name}, {in_words(suite, case)}, {OURS}: {error}")
+            progress.write(f"{in_words(suite, case)}, {OURS}: {error}")
             status = 1
     return results, status
 
@@ -117,7 +117,7 @@ def _measure(
         check = suite.checker(case, inputs)
         rows = compete(field, inputs, check, case.rounds, new_shape, deadline, progress)
     except torch.OutOfMemoryError:
-        progress.write(f"{suite.name}, {in_words(suite, case)}: left out, the GPU's memory is too small")
+        progress.write(f"{in_words(suite, case)}: left out, the GPU's memory is too small")
         return []
     return [case._asdict() | dict(dtype=dtype_name(case)) | row for row in rows]
 
