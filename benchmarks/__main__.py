@@ -60,4 +60,7 @@ def load(name: str) -> ModuleType | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # before or after the measuring, which ends by itself with what it has
+        sys.exit(INTERRUPTED)
