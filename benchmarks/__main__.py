@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import sys
+from types import ModuleType
 
 # Modules of this package with main(arguments) -> exit status; main(["--quick"]) takes a minute or two.
 SUBCOMMANDS = {
@@ -11,37 +12,55 @@ SUBCOMMANDS = {
     "train": "train a small language model with each loss on Python's own documentation",
 }
 EXTRA = {"matplotlib", "tabulate", "tokenizers", "tqdm"}
+INTERRUPTED = 130  # exit status after Ctrl-C
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        usage="%(prog)s [subcommand [options]]",
+        usage="%(prog)s [--gpu-report | subcommand [options]]",
         description=__doc__,
         epilog="Options of a subcommand: python -m benchmarks logits --help",
+    )
+    parser.add_argument(
+        "--gpu-report",
+        action="store_true",
+        help="on a GPU: correctness, then logits and linear with memory bandwidth, launches and waits, in 9 minutes",
     )
     subcommands = parser.add_subparsers(title="subcommands", dest="subcommand")
     for name, summary in SUBCOMMANDS.items():
         subcommands.add_parser(name, help=summary, add_help=False)
     # A subcommand parses its own options, so that only its own packages are imported.
-    chosen = parser.parse_args(sys.argv[1:2]).subcommand
-    if chosen:
-        return load(chosen).main(sys.argv[2:])
+    args = parser.parse_args(sys.argv[1:2])
+    if args.gpu_report:
+        module = load("gpu")
+        return module.main() if module else 1
+    if args.subcommand:
+        module = load(args.subcommand)
+        return module.main(sys.argv[2:]) if module else 1
+    worst = 0
     for name in SUBCOMMANDS:
-        status = load(name).main(["--quick"])
-        if status:
+        module = load(name)
+        status = module.main(["--quick"]) if module else 1
+        if status == INTERRUPTED:
             return status
-    return 0
+        worst = max(worst, status)
+    return worst
 
 
-def load(name: str):
+def load(name: str) -> ModuleType | None:
+    """None, with a printed line, if one of the packages for benchmarks is not installed."""
     try:
         return importlib.import_module(f"benchmarks.{name}")
     except ModuleNotFoundError as error:
         if error.name not in EXTRA:
             raise
-        sys.exit(f'{error.name} is not installed: pip install -e ".[bench]"')
+        print(f'{name}: {error.name} is not installed: pip install -e ".[bench]"')
+        return None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # before or after the measuring, which ends by itself with what it has
+        sys.exit(INTERRUPTED)

@@ -1,9 +1,7 @@
 """Who computes linear layer, loss and gradients, and what they have to give."""
 
 import functools
-import importlib
 import sys
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,11 +10,11 @@ from torch import Tensor
 
 import tce_kernels
 
-from .logits import THRESHOLD, plain_truncated
-from .measure import Observed, Provider, compiles
+from . import peers
+from .logits import plain_truncated
+from .measure import OURS, Inexact, Observed, Provider, compiles
+from .suite import THRESHOLD
 
-OURS = "tce_kernels"
-FLOOR = "matmuls alone"
 CHUNKS = [256, 512, 1024, 2048]
 CHECKED_ROWS = 256
 
@@ -79,64 +77,36 @@ def providers(
         )
         if not quick:  # its chunks are of a few rows, which takes long
             found.append([peer("F.linear_cross_entropy, defaults", chunked)])
-    cut, liger, quack = other_packages()
+    liger, quack, cut = (peers.offer(package, "linear", device)[0] for package in (peers.LIGER, peers.QUACK, peers.CUT))
     if cut and compiles(device):
         compiled = functools.partial(cut, impl="torch_compile")
-        found.append([peer("cut-cross-entropy, torch_compile", compiled, compiles=True)])
+        found.append([peer(f"{peers.named(peers.CUT)}, torch_compile", compiled, compiles=True)])
     if cut and device.type == "cuda" and dtype != torch.float32:  # its kernels have no float32 gradients
-        found.append([peer("cut-cross-entropy, cce", cut)])
-    if liger and device.type == "cuda":
-        found.append([peer("Liger-Kernel", lambda input, linear_weight, target: liger()(linear_weight, input, target))])
-    if quack and device.type == "cuda":
-        found.append([peer("quack", quack)])
+        found.append([peer(f"{peers.named(peers.CUT)}, cce", cut)])
+    if liger:
+        liger_loss = liger()
+        found.append([peer(peers.named(peers.LIGER), lambda input, weight, target: liger_loss(weight, input, target))])
+    if quack:
+        found.append([peer(peers.named(peers.QUACK), quack)])
 
     def floor(input, linear_weight, target, chunk):
         return Matmuls.apply(input, linear_weight, chunk, share)
 
     sizes = sorted({min(1024, N), N})
-    found.append([Provider(FLOOR, functools.partial(floor, chunk=chunk), chunk=chunk) for chunk in sizes])
+    found.append([Provider("matmuls alone", functools.partial(floor, chunk=c), chunk=c, is_floor=True) for c in sizes])
     return found
-
-
-@functools.cache
-def other_packages() -> tuple[Callable | None, Callable | None, Callable | None]:
-    """What cut-cross-entropy, Liger-Kernel and quack offer; None for what cannot be imported."""
-    return (
-        imported("cut_cross_entropy", "linear_cross_entropy"),
-        imported("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss"),
-        imported("quack.linear_cross_entropy", "chunked_linear_cross_entropy"),
-    )
-
-
-def imported(module: str, name: str) -> Callable | None:
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError:
-        return None
 
 
 def missing(device: torch.device, quick: bool) -> list[str]:
     """A line for each provider that is not measured, with the reason."""
-    cut, liger, quack = other_packages()
-    lines = []
+    lines = peers.missing("linear", device)
     if not compiles(device):
-        lines.append("torch.compile, and cut-cross-entropy with it: no C++ compiler found")
+        lines.append("cut-cross-entropy, torch_compile: no C++ compiler found")
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         lines.append("F.linear_cross_entropy: needs a newer torch")
     elif quick:
         lines.append("F.linear_cross_entropy, defaults: not with --quick")
-    if not cut:
-        lines.append("cut-cross-entropy: not installed")
-    if device.type == "cuda" and not liger:
-        lines.append("Liger-Kernel: not installed")
-    if device.type == "cuda" and not quack:
-        lines.append("quack: not installed")
     return lines
-
-
-def label(provider: Provider) -> str:
-    chunk = "" if provider.chunk is None else f", chunks of {provider.chunk}"
-    return provider.name + chunk + ("" if provider.truncates else " (no truncation)")
 
 
 def exact(inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[dict[float, Exact], Tensor]:
@@ -175,7 +145,7 @@ def summed(input: Tensor, linear_weight: Tensor, target: Tensor, threshold: floa
 
 
 def check(provider: Provider, observed: Observed, expected: Exact, dropped: Tensor) -> None:
-    """Stop the program unless loss and gradients agree with the reference."""
+    """Raise Inexact unless loss and gradients agree with the reference."""
     dtype = observed.gradients[0].dtype
     # The norm of a gradient is that of its target terms, which 16-bit logits hardly touch: plain PyTorch is within
     # 2e-3 in bfloat16. The softmax terms are 0.02 of it, the standard deviation of the weight, and p / N underflows in
@@ -185,10 +155,10 @@ def check(provider: Provider, observed: Observed, expected: Exact, dropped: Tens
     for name, gradient, wanted in zip(("input", "weight"), observed.gradients, expected.gradients, strict=True):
         error = ((gradient - wanted).norm() / wanted.norm()).item()
         if not error <= allowed:
-            sys.exit(f"{label(provider)}: the gradient of the {name} is {error:.1e} from the reference, in norm")
+            raise Inexact(f"the gradient of the {name} is {error:.1e} from the reference, in norm")
     # Some sum the loss in the dtype of the input: a rounding per chunk.
     error = abs(observed.loss.item() - expected.loss) / expected.loss
     if not error <= max(1e-5, 4 * torch.finfo(observed.loss.dtype).eps):
-        sys.exit(f"{label(provider)}: the loss is {error:.1e} from the reference")
+        raise Inexact(f"the loss is {error:.1e} from the reference")
     if provider.truncates and observed.gradients[0][dropped].any():
-        sys.exit(f"{label(provider)}: the gradient of a truncated row is not zero")
+        raise Inexact("the gradient of a truncated row is not zero")

@@ -1,18 +1,22 @@
-"""What the benchmarks of one call share: who is measured, for how long in interleaved rounds, with how much memory."""
+"""How the providers of one loss are measured against each other: interleaved runs, peak memory, ratios."""
 
-import json
+import functools
+import math
 import os
 import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from .profiles import traced_peak
+
+OURS = "tce_kernels"
+SLOW_SECONDS = 20  # a provider that takes longer for one run is left out
 
 
 class Provider(NamedTuple):
@@ -22,6 +26,18 @@ class Provider(NamedTuple):
     overwrites: bool = False  # the inputs, which then have to be fresh for every run
     compiles: bool = False  # in its first run
     chunk: int | None = None  # rows at a time, where it is ours to choose
+    is_floor: bool = False  # what no implementation can leave out, and no loss
+
+    @property
+    def label(self) -> str:
+        remarks = [] if self.truncates else ["no truncation"]
+        remarks += ["overwrites its input"] if self.overwrites else []
+        chunk = "" if self.chunk is None else f", chunks of {self.chunk}"
+        return self.name + chunk + (f" ({', '.join(remarks)})" if remarks else "")
+
+    @property
+    def indispensable(self) -> bool:
+        return self.is_floor or self.name == OURS
 
 
 class Observed(NamedTuple):
@@ -29,6 +45,10 @@ class Observed(NamedTuple):
     gradients: tuple[Tensor, ...]
     seconds: float
     extra_mebibytes: float  # peak memory beyond the inputs and the gradients that are returned
+
+
+class Inexact(Exception):
+    """Loss or gradients are not what the reference says."""
 
 
 def compiles(device: torch.device) -> bool:
@@ -50,11 +70,29 @@ def prepare(provider: Provider, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...
 
 def milliseconds(provider: Provider, inputs: tuple[Tensor, ...]) -> float:
     inputs = prepare(provider, inputs)
-    synchronise(inputs[0].device)
+    return clocked(lambda: run(provider, inputs), inputs[0].device)
+
+
+def clocked(call: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of one call: on a GPU between two marks in its queue, with its cache emptied before."""
+    synchronise(device)
+    if device.type == "cuda":
+        # Zeroing also keeps the GPU busy for a moment, in which the host gets ahead of it, as in a training step.
+        larger_than_cache(device).zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        synchronise(device)
+        return start.elapsed_time(end)
     start = time.perf_counter()
-    run(provider, inputs)
-    synchronise(inputs[0].device)
+    call()
     return 1e3 * (time.perf_counter() - start)
+
+
+@functools.cache
+def larger_than_cache(device: torch.device) -> Tensor:
+    return torch.empty(2**29, dtype=torch.int8, device=device)
 
 
 def synchronise(device: torch.device) -> None:
@@ -67,6 +105,7 @@ def observe(provider: Provider, inputs: tuple[Tensor, ...]) -> Observed:
     inputs = prepare(provider, inputs)
     device = inputs[0].device
     if device.type == "cuda":
+        synchronise(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         start = time.perf_counter()
@@ -76,26 +115,82 @@ def observe(provider: Provider, inputs: tuple[Tensor, ...]) -> Observed:
         peak = torch.cuda.max_memory_allocated(device) - before
     else:
         activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profiled:
             start = time.perf_counter()
             loss, gradients = run(provider, inputs)
             seconds = time.perf_counter() - start
-        peak = traced_peak(profile)
+        peak = traced_peak(profiled)
     returned = sum(g.nbytes for g, x in zip(gradients, inputs, strict=False) if g.data_ptr() != x.data_ptr())
     return Observed(loss, gradients, seconds, (peak - returned) / 2**20)
 
 
-def traced_peak(profile: torch.profiler.profile) -> int:
-    """Peak bytes of a profile: the largest running sum of its allocations and releases."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    allocated = peak = 0
-    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
-        allocated += event["args"]["Bytes"]
-        peak = max(peak, allocated)
-    return peak
+def admit(
+    sizes: list[Provider],
+    inputs: tuple[Tensor, ...],
+    check: Callable[[Provider, Observed], None],
+    new_shape: bool,
+    deadline: float,
+    progress: tqdm,
+) -> tuple[Provider, float] | None:
+    """The fastest of the sizes and its extra memory; None, with a printed line, if it fails, is slow or comes late."""
+    admitted = best_seconds = None
+    for provider in sizes:
+        progress.set_postfix_str(f"check {provider.label}")
+        if time.perf_counter() > deadline and not provider.indispensable:
+            progress.write(f"{provider.label}: left out, no time is left")
+            continue
+        try:
+            if new_shape and (provider.compiles or inputs[0].is_cuda):  # where kernels compile or tune themselves too
+                run(provider, prepare(provider, inputs))
+            observed = observe(provider, inputs)
+            if not provider.is_floor:
+                check(provider, observed)
+            seconds = observed.seconds
+            if len(sizes) > 1:  # one run would be left to chance
+                seconds = min(milliseconds(provider, inputs) / 1e3 for _ in range(2))
+        except Exception as error:
+            if provider.indispensable:
+                raise
+            # Other packages may not know this GPU or this torch, or need more memory than there is.
+            reason = str(error).strip().partition("\n")[0]
+            progress.write(f"{provider.label}: left out, {type(error).__name__}: {reason}")
+            continue
+        if seconds > SLOW_SECONDS and not provider.indispensable:
+            progress.write(f"{provider.label}: left out, one run takes {seconds:.0f} s")
+            continue
+        if admitted is None or seconds < best_seconds:
+            admitted, best_seconds = (provider, observed.extra_mebibytes), seconds
+    return admitted
+
+
+def compete(
+    field: list[list[Provider]],
+    inputs: tuple[Tensor, ...],
+    check: Callable[[Provider, Observed], None],
+    rounds: int,
+    new_shape: bool,
+    deadline: float,
+    progress: tqdm,
+) -> list[dict]:
+    """One row of results per entry of the field, each in the fastest of its sizes. The last entry is the floor."""
+    candidates, extra = [], []
+    for sizes in field:
+        admitted = admit(sizes, inputs, check, new_shape, deadline, progress)
+        if admitted is None:
+            progress.total -= rounds
+        else:
+            candidates.append(admitted[0])
+            extra.append(admitted[1])
+    times = interleaved(candidates, inputs, rounds, progress)
+    peers = [times[i] for i, provider in enumerate(candidates) if not provider.indispensable]
+    fastest_peer = min(peers, key=statistics.median, default=None)
+    return [
+        dict(provider=provider.name, label=provider.label, truncates=provider.truncates, is_floor=provider.is_floor)
+        | quantiles(times[i])
+        | dict(time_over_fastest_peer=ratio(times[i], fastest_peer) if peers else math.nan)
+        | dict(time_over_floor=ratio(times[i], times[-1]), extra_peak_MiB=extra[i])
+        for i, provider in enumerate(candidates)
+    ]
 
 
 def interleaved(

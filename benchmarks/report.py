@@ -1,17 +1,19 @@
 """What every benchmark prints and saves: the line that names the machine, tables, CSV files."""
 
 import csv
-import importlib.metadata
 import platform
 import re
 import subprocess
 from pathlib import Path
 
+import tabulate
 import torch
-from tabulate import tabulate
+
+from .peers import version
 
 ROOT = Path(__file__).parent
 INTERRUPTED = 130  # exit status after Ctrl-C
+tabulate.PRESERVE_WHITESPACE = True  # or numbers without a star would not stand below those with one
 
 
 def default_device() -> torch.device:
@@ -23,22 +25,33 @@ def describe(device: torch.device) -> str:
     """One line: device, versions, threads, commit. A figure without it means nothing."""
     return (
         f"{_device_name(device)} | Python {platform.python_version()}, torch {torch.__version__}, "
-        f"triton {_version('triton')} | {torch.get_num_threads()} threads | commit {_commit()}"
+        f"triton {version('triton') or 'not installed'} | {torch.get_num_threads()} threads | commit {_commit()}"
     )
 
 
-def results_path(device: torch.device, name: str, quick: bool) -> Path:
+def results_path(device: torch.device, name: str, partial: bool) -> Path:
     """results/<device>/<name> next to this file, or .../quick/<name>, which git ignores; the folder exists."""
     slug = "cpu" if device.type == "cpu" else re.sub(r"[^a-z0-9]+", "-", _device_name(device).lower()).strip("-")
-    path = ROOT / "results" / slug / ("quick" if quick else "") / name
+    path = ROOT / "results" / slug / ("quick" if partial else "") / name
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
+def as_text(table: list[dict], markdown: bool = False) -> str:
+    """The first column to the left, the others to the right."""
+    aligned = ["left"] + ["right"] * (len(table[0]) - 1)
+    style = "github" if markdown else "simple"
+    return tabulate.tabulate(table, headers="keys", tablefmt=style, colalign=aligned, disable_numparse=True)
+
+
 def publish(path: Path, heading: list[str], rows: list[dict], table: list[dict]) -> None:
     """Print `table`; write `rows`, after the heading as comments, to the CSV file `path`."""
-    print(tabulate(table, headers="keys", colalign=["left"] + ["right"] * (len(table[0]) - 1), disable_numparse=True))
+    print(as_text(table))
     save(path, heading, rows)
+    announce(path)
+
+
+def announce(path: Path) -> None:
     print(f"Saved {path.relative_to(ROOT.parent)}")
 
 
@@ -50,19 +63,31 @@ def save(path: Path, heading: list[str], rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
+def load(path: Path) -> tuple[list[str], list[dict]]:
+    """Heading and rows of a saved file, with numbers and truth values as such."""
+    lines = path.read_text().splitlines()
+    heading = [line.removeprefix("# ") for line in lines if line.startswith("# ")]
+    rows = csv.DictReader(lines[len(heading) :])
+    return heading, [{name: _parsed(text) for name, text in row.items()} for row in rows]
+
+
+def _parsed(text: str) -> bool | int | float | str:
+    if text in ("True", "False"):
+        return text == "True"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return found[1] if found else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _commit() -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import NamedTuple
 
-import matplotlib
 import torch
 import torch.nn.functional as F
 from tokenizers import ByteLevelBPETokenizer
@@ -23,10 +22,7 @@ from tqdm import tqdm
 
 from tce_kernels import LossStats, linear_focal_cross_entropy, linear_truncated_cross_entropy
 
-from . import report
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 - after the choice of backend
+from . import plots, report
 
 THRESHOLD = 0.9
 LOG_THRESHOLD = math.log(THRESHOLD)
@@ -37,7 +33,7 @@ LOSSES = {
     ),
     "focal, gamma 2": functools.partial(linear_focal_cross_entropy, gamma=2.0, return_stats=True),
 }
-COLOURS = ["#0072B2", "#D55E00", "#009E73"]  # of Okabe and Ito, told apart by colour-blind readers too
+COLOURS = [plots.COLOURS[i] for i in (1, 0, 3)]
 STYLES = ["-", "--", ":"]
 
 VOCABULARY = 2048
@@ -169,10 +165,9 @@ def as_table(results: list[dict]) -> list[dict]:
     ]
 
 
-def plot(finished: list[tuple[Training, LossStats]], path: Path) -> None:
+def plot(heading: list[str], finished: list[tuple[Training, LossStats]], path: Path) -> None:
     """Left: how confident the models are on held-out text. Right: the share above the threshold over training."""
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = plots.new_figure(2, 4.4)
     for (training, held_out), colour, style in zip(finished, COLOURS, STYLES, strict=False):
         line = dict(color=colour, linestyle=style, linewidth=1.8, label=training.name)
         confidence = held_out.log_prob.flatten().exp().double().cpu()
@@ -188,8 +183,8 @@ def plot(finished: list[tuple[Training, LossStats]], path: Path) -> None:
     left.yaxis.set_major_formatter("{x:g}")
     right.set(xlabel="training step", ylabel=f"training tokens with $p_t$ > {THRESHOLD} (%)")
     right.set_ylim(bottom=0)
-    right.legend(title="trained with", frameon=False)
-    figure.savefig(path, dpi=150)
+    right.legend(title="trained with")
+    plots.finish(figure, heading, path)
 
 
 def main(arguments: list[str]) -> int:
@@ -224,6 +219,6 @@ def main(arguments: list[str]) -> int:
         results = [result(*each) for each in finished]
         report.publish(report.results_path(device, "train.csv", args.quick), heading, results, as_table(results))
         path = report.results_path(device, "train.png", args.quick)
-        plot(finished, path)
-        print(f"Saved {path.relative_to(report.ROOT.parent)}")
+        plot(heading, finished, path)
+        report.announce(path)
     return status
