@@ -413,17 +413,22 @@ def _launch_options():
     return {"num_warps": N_THREADS // 32, "enable_fp_fusion": True, "maxnreg": 128}
 
 
-def _n_programs(logits):
-    """Programs of `loss_and_dlogits_kernel`: as many rows in flight as three quarters of the L2 hold at once."""
-    outer, inner, V = logits.shape
-    if not logits.is_cuda:  # the interpreter: few enough that every program takes several rows
-        return min(outer * inner, 2)
-    device = torch.cuda.get_device_properties(logits.device)
+def _device_figures(device):
+    """Multiprocessors, and bytes of cache that the rows in flight may fill: three quarters of the L2."""
+    if device.type != "cuda":  # the interpreter: so few that every program takes several rows
+        return 1, 2**20
+    properties = torch.cuda.get_device_properties(device)
     # AMD's compute units share the Infinity Cache (256 MB on MI300), which torch does not report.
-    cache_bytes = 256 * 2**20 if torch.version.hip else device.L2_cache_size
-    rows_in_cache = cache_bytes * 3 // 4 // (V * logits.element_size())
-    resident = device.multi_processor_count * (2048 // N_THREADS)
-    return min(outer * inner, max(rows_in_cache, 1), resident)
+    cache_bytes = 256 * 2**20 if torch.version.hip else properties.L2_cache_size
+    return properties.multi_processor_count, cache_bytes * 3 // 4
+
+
+def _n_programs(logits):
+    """Programs of `loss_and_dlogits_kernel`: no more rows in flight than the cache holds at once."""
+    outer, inner, V = logits.shape
+    multiprocessors, cache_bytes = _device_figures(logits.device)
+    rows_in_cache = cache_bytes // (V * logits.element_size())
+    return min(outer * inner, max(rows_in_cache, 1), multiprocessors * (2048 // N_THREADS))
 
 
 def _strides(rows):
