@@ -11,6 +11,7 @@ import importlib.util
 import json
 import re
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -54,8 +55,10 @@ def compile_all(targets: list[str], options: list[str], n_cases: int) -> list[di
             return [launch for future in futures for launch in future.result()]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
-                process.terminate()
+            while not all(future.done() for future in futures):
+                for process in processes:
+                    process.terminate()
+                time.sleep(0.1)
             raise
 
 
@@ -90,7 +93,7 @@ def blocks_of(launch: dict) -> int:
 
 
 def bytes_per_logit(launch: dict, device: Device) -> dict[str, int]:
-    """Device memory that a row's logits cost: a read in the sweep; a write, and a read unless the row is in the cache."""
+    """Device memory: a read in the sweep; for the gradient a write, and a read unless the row is still in the cache."""
     item = 4 if launch["dtype"] == "float32" else 2
     sweeps, writes = (launch["work"][f"{loop}_loop_instructions"] is not None for loop in ("sweep", "gradient"))
     rows = rows_in_flight(device, blocks_of(launch), launch["grid"][0])
@@ -142,7 +145,8 @@ def resource_table(launches: list[dict]) -> list[dict]:
         groups.setdefault((launch["target"], launch["provider"]), []).append(launch)
     table = []
     for (target, provider), group in groups.items():
-        kernels = {json.dumps([launch["kernel"], launch["constants"], launch["dtype"], launch["loads"]]) for launch in group}
+        described = ("kernel", "dtype", "constants", "loads", "stores", "registers")
+        variants = {json.dumps([launch[name] for name in described]) for launch in group}
         registers = [launch["registers"] for launch in group]
         warps = [blocks_of(launch) * launch["warps"] for launch in group]
         table.append(
@@ -150,12 +154,12 @@ def resource_table(launches: list[dict]) -> list[dict]:
                 "target": target,
                 "provider": provider,
                 "launches": len(group),
-                "variants": len(kernels),
+                "variants": len(variants),
                 "registers": f"{min(registers)} - {max(registers)}",
                 "spilling": sum(launch["spills"] > 0 for launch in group),
                 "most stack": max(launch["stack"] for launch in group),
                 "most shared": max(launch["shared"] for launch in group),
-                f"warps of {LIMITS[target].warps}": f"{min(warps)} - {max(warps)}",
+                "resident warps": f"{min(warps)} - {max(warps)} of {LIMITS[target].warps}",
             }
         )
     return table
@@ -180,8 +184,7 @@ def core_table(rows: list[dict], path: str) -> list[dict]:
         if row["path"] == path:
             groups.setdefault((row["GPU"], row["V"]), []).append(row)
     return [
-        {path: gpu, "V": V}
-        | {title: " / ".join(short(row[name]) for row in group) for title, name in columns.items()}
+        {path: gpu, "V": V} | {title: " / ".join(short(row[name]) for row in group) for title, name in columns.items()}
         for (gpu, V), group in groups.items()
     ]
 

@@ -1,4 +1,4 @@
-"""Published figures of the GPUs that kernels are compiled for, and what follows from them: occupancy, modelled floor."""
+"""Published figures of the GPUs that kernels are compiled for; occupancy and modelled floors that follow from them."""
 
 from typing import NamedTuple
 
@@ -51,7 +51,7 @@ LIMITS = {
 
 
 def blocks_per_multiprocessor(target: str, warps: int, registers: int, shared: int) -> int:
-    """Blocks of `warps` warps, `registers` registers a thread and `shared` bytes that one multiprocessor runs at once."""
+    """Blocks that one multiprocessor runs at once, each of `warps` warps, `registers` a thread and `shared` bytes."""
     limits = LIMITS[target]
     allocated = -(-max(registers, 1) // limits.granularity) * limits.granularity
     warps_by_registers = 4 * (limits.registers // allocated)  # a warp stays in one of the four parts

@@ -97,7 +97,7 @@ def blocks_of(listing: str) -> list[Block]:
             labels[label[1]] = len(pieces) - 1
         elif found := INSTRUCTION.search(line):
             pieces[-1].append(found)
-            if root(found) in ("BRA", "EXIT", "RET", "BRX", "JMP", "JMX"):
+            if root(found) in ("BRA", "CALL", "EXIT", "RET", "BRX", "JMP", "JMX"):
                 pieces.append([])
     blocks = []
     for i, piece in enumerate(pieces):
@@ -105,7 +105,7 @@ def blocks_of(listing: str) -> list[Block]:
         for found in piece:
             work = work.plus(work_of(found["opcode"], found["guard"] is not None))
         successors = leads_to(piece[-1], i, labels) if piece else [i + 1]
-        calls = any(root(found) == "CALL" for found in piece)
+        calls = bool(piece) and root(piece[-1]) == "CALL" and not jumps(piece[-1])
         blocks.append(Block(work, [s if s < len(pieces) else END for s in successors], calls))
     return blocks
 
@@ -114,11 +114,18 @@ def root(found: re.Match) -> str:
     return found["opcode"].partition(".")[0]
 
 
+def jumps(found: re.Match) -> bool:
+    """Whether the instruction may go on elsewhere in the kernel. Calls of a label there are jumps too (sm_80)."""
+    if root(found) == "CALL":
+        return "`(.L" in found["operands"]
+    return root(found) == "BRA" and ".DIV" not in found["opcode"]  # BRA.DIV is for warps that have diverged
+
+
 def leads_to(last: re.Match, i: int, labels: dict[str, int]) -> list[int]:
     """Blocks that may follow block i, which ends in this instruction."""
     if root(last) in ("BRX", "JMP", "JMX"):
         raise ValueError(f"cannot follow {last['opcode']}{last['operands']}")
-    if root(last) == "BRA" and ".DIV" not in last["opcode"]:  # BRA.DIV is for warps that have diverged
+    if jumps(last):
         target = labels[TARGET.search(last["operands"])[1]]
         before = last["operands"].partition("`")[0]
         return [target, i + 1] if last["guard"] or re.search(r"U?P\d", before) else [target]

@@ -17,7 +17,8 @@ def test_every_variant_compiles(variants, target):
     reports = variants(target)
     for report in reports:
         assert report["shared"] <= SHARED_LIMIT[target], report
-    seen = {(r["kernel"], r["dtype"], r["layout"], *map(r["constants"].get, ("RULE", "SOFTCAP", "SMOOTHING"))) for r in reports}
+    flags = ("RULE", "SOFTCAP", "SMOOTHING")
+    seen = {(r["kernel"], r["dtype"], r["layout"], *map(r["constants"].get, flags)) for r in reports}
     for kernel, dtype, rules in [
         ("loss_and_dlogits_kernel", "float32", ("truncated", "focal")),
         ("loss_and_dlogits_kernel", "bfloat16", ("truncated", "focal")),
