@@ -69,7 +69,13 @@ def compile_for(
     launches = []
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, cwd=Path(__file__).parents[1]
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment,
+            cwd=Path(__file__).parents[1],
+            start_new_session=True,  # Ctrl-C is the caller's business
         )
         processes.append(process)
         for line in process.stdout:
