@@ -7,3 +7,5 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # The profiler that counts memory prints a line per run otherwise.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+UNAVAILABLE = 3  # exit status of a subcommand that cannot do without something, and has said what it lacks

@@ -25,7 +25,7 @@ def describe(device: torch.device) -> str:
     """One line: device, versions, threads, commit. A figure without it means nothing."""
     return (
         f"{_device_name(device)} | Python {platform.python_version()}, torch {torch.__version__}, "
-        f"triton {version('triton') or 'not installed'} | {torch.get_num_threads()} threads | commit {_commit()}"
+        f"triton {version('triton') or 'not installed'} | {torch.get_num_threads()} threads | commit {commit()}"
     )
 
 
@@ -90,7 +90,7 @@ def _device_name(device: torch.device) -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def _commit() -> str:
+def commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -36,3 +37,17 @@ def small_blocks(monkeypatch):
         from tce_kernels import kernels
 
         monkeypatch.setattr(kernels, "WARP", 1)  # blocks of 64
+
+
+@pytest.fixture(scope="session")
+def variants():
+    """Compiled launches by target; all targets compile side by side from the first test that asks for one."""
+    from benchmarks.compiled import ARGUMENTS, compile_for
+
+    processes = []
+    pool = ThreadPoolExecutor(os.cpu_count())
+    futures = {target: pool.submit(compile_for, target, [], processes, lambda: None) for target in ARGUMENTS}
+    yield lambda target: futures[target].result()
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        process.terminate()
