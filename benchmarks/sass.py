@@ -166,7 +166,9 @@ def loops_of(blocks: list[Block]) -> list[Loop]:
 def path(
     blocks: list[Block], entry: int, region: frozenset[int], inner: dict[int, tuple[Work, list[int]] | None], choose
 ) -> Work | None:
-    """The path with most or fewest instructions (choose = max or min), from entry back to it or, in the region, to END.
+    """The path that moves the most (least) for choose = max (min), with the fewest instructions for that.
+
+    It goes from entry back to it or, in the region, to END.
 
     `inner` replaces a loop, named by its header, by its work and the blocks that follow it; None forbids it. So are
     subroutine calls, which are slow paths.
@@ -184,9 +186,13 @@ def path(
             work, successors = blocks[block].work, blocks[block].successors
         rests = [Work() if s in (entry, END) else onward(s) for s in successors if s in region]
         found = [work.plus(rest) for rest in rests if rest is not None]
-        return choose(found, key=lambda work: work.instructions, default=None)
+        return choose(found, key=lambda work: (moved(work), -work.instructions), default=None)
 
     return onward(entry)
+
+
+def moved(work: Work) -> int:
+    return work.loaded_bytes + work.stored_bytes
 
 
 def column_loop(blocks: list[Block], loop: Loop, threads: int, item_bytes: int) -> ColumnLoop:
@@ -204,11 +210,15 @@ def column_loop(blocks: list[Block], loop: Loop, threads: int, item_bytes: int) 
 
 
 def trips_of(loops: list[ColumnLoop], V: int) -> list[int]:
-    """Iterations of each of the loops that share a row of V logits: whole blocks in order, the masked loop the rest."""
+    """Iterations of each of the loops that share a row of V logits: whole blocks in order, the masked loop the rest.
+
+    Loops that follow a masked one go through the row again, which rows of ordinary logits never need: no iterations.
+    """
     left, trips = V, []
-    for loop in loops:
-        if trips and loops[len(trips) - 1].masked:
-            raise ValueError(f"loops after the masked one: {loops}")
+    for i, loop in enumerate(loops):
+        if any(other.masked for other in loops[:i]):
+            trips.append(0)
+            continue
         trips.append(-(-left // loop.logits) if loop.masked else left // loop.logits)
         left = max(left - trips[-1] * loop.logits, 0)
     if left:
@@ -235,7 +245,8 @@ def row_work(listing: str, V: int, threads: int, item_bytes: int) -> RowWork:
         for loop, column in found.items():
             work = column.idle if dropped and column.role == "gradient" else column.work
             exits = sorted({s for block in loop.blocks for s in blocks[block].successors} - loop.blocks)
-            inner[loop.header] = None if work is None else (Work().plus(work, trips[loop]), exits)
+            skipped = work is None or trips[loop] == 0
+            inner[loop.header] = None if skipped else (Work().plus(work, trips[loop]), exits)
         entry, region = (outer[0].header, outer[0].blocks) if outer else (0, frozenset(range(END, len(blocks))))
         work = path(blocks, entry, region, inner, max)
         if work is None:
