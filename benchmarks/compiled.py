@@ -52,7 +52,7 @@ LAYOUTS = {  # of the rows: V and what pads them. One for each way in which bloc
     "peeled": (50257, 0),
     "unaligned": (50257, 2),  # gradient and logits disagree
     "one unaligned block": (33, 0),
-    "one aligned block": (4096, 0),
+    "one aligned block": (2048, 0),
     "padded to aligned rows": (50257, 47),  # vectors in, but not out
 }
 ROWS = 8192

@@ -15,9 +15,9 @@ class Device(NamedTuple):
 
 DEVICES = [
     Device("A100 SXM 80GB", "sm_80", 108, 1.410, 2.039, 40, "NVIDIA A100 datasheet; Ampere architecture whitepaper"),
-    Device("H100 SXM", "sm_90", 132, 1.980, 3.35, 50, "NVIDIA H100 datasheet; Hopper whitepaper; clock: TechPowerUp"),
+    Device("H100 SXM", "sm_90", 132, 1.980, 3.35, 50, "NVIDIA H100 datasheet (clock: from its 67 TFLOPS); whitepaper"),
     Device("H200", "sm_90", 132, 1.980, 4.8, 50, "NVIDIA H200 datasheet; otherwise as the H100"),
-    Device("B200", "sm_100", 148, 1.965, 8.0, 126, "HGX B200 datasheet; SMs, L2: chipsandcheese.com, NVIDIA's B200"),
+    Device("B200", "sm_100", 148, 1.965, 8.0, 126, "HGX B200 datasheet; SMs, L2: chipsandcheese.com; clock as H200"),
     Device("MI300X", "gfx942", 304, 2.100, 5.3, 256, "AMD MI300X datasheet; cache: the Infinity Cache"),
 ]
 TARGETS = list(dict.fromkeys(device.target for device in DEVICES))

@@ -32,11 +32,11 @@ def test_every_variant_compiles(variants, target):
                 for softcap in (False, True):
                     for smoothing in (False, True) if rule != "focal" else (False,):
                         assert (kernel, dtype, layout, rule, softcap, smoothing) in seen
-    assert {
-        tuple(map(r["constants"].get, ("PEEL", "ONE_BLOCK", "BLOCK_V")))
-        for r in reports
-        if r["kernel"] == "loss_and_dlogits_kernel"
-    } == {(False, True, 8192), (False, False, 8192), (True, False, 8192), (False, False, 2048)}
+    ours = [r["constants"] for r in reports if r["kernel"] == "loss_and_dlogits_kernel"]
+    assert {(c["PEEL"], c["ONE_BLOCK"], c["VECTOR"] > 1) for c in ours} == {
+        (False, True, True), (False, True, False), (False, False, True), (True, False, True), (False, False, False)
+    }  # fmt: skip
+    assert {c["THREADS"] // 32 for c in ours} >= {2, 4, 8}  # warps a row
 
 
 @pytest.mark.parametrize("target", NVIDIA)
@@ -63,7 +63,7 @@ def test_aligned_16_bit_rows_move_16_bytes_at_a_time(variants, target):
             continue
         assert vectors(report["loads"]) > 0, report
         assert narrow(report["loads"]) <= 1, report  # the target's logit
-        assert narrow(report["stores"]) == 0, report
+        assert narrow(report["stores"]) <= 1, report
         assert vectors(report["stores"]) > 0 or report["kernel"] not in WRITERS, report
         checked += 1
     assert checked > 30
