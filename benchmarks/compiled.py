@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 import tce_kernels
-from tce_kernels import kernels, stats
+from tce_kernels import kernels, stats, triton_ops
 
 from . import sass
 from .devices import DEVICES
@@ -171,8 +171,8 @@ def stand_in(target: GPUTarget, name: str, liger: bool) -> None:
     if target.backend == "hip":
         torch.version.hip = "6.0"  # as the user's torch says it there: warps have 64 threads
     device = next(device for device in DEVICES if device.target == name)
-    kernels.serves = lambda device: True
-    kernels._device_figures = lambda _: (device.multiprocessors, device.cache_mib * 2**20)
+    triton_ops.serves = lambda device: True
+    triton_ops._device_figures = lambda _: (device.multiprocessors, device.cache_mib * 2**20)
     modules = [kernels]
     if liger:
         import liger_kernel.ops.cross_entropy as liger_module
@@ -219,20 +219,20 @@ def loss_of(case: Case, logits: torch.Tensor, target: torch.Tensor) -> torch.Ten
 
 def launch_linear(case: Case) -> None:
     """The chunk buffer of the linear path: padded to aligned rows, its kept rows packed."""
-    make_rows = kernels.loss_and_dlogits
+    make_rows = triton_ops.loss_and_dlogits
 
     def half_kept(logits, *args, **options):  # nothing is launched, so nothing would be kept
         loss, rows = make_rows(logits, *args, **options)
         rows[stats.COEF] = torch.arange(len(loss)) % 2
         return loss, rows
 
-    kernels.loss_and_dlogits = half_kept
+    triton_ops.loss_and_dlogits = half_kept
     input = torch.zeros(case.N, FEATURES, dtype=case.dtype, requires_grad=True)
     weight = torch.zeros(case.V, FEATURES, dtype=case.dtype)
     target = torch.zeros(case.N, dtype=torch.int64)
     loss = tce_kernels.linear_truncated_cross_entropy(input, weight, target, backend="triton")
     torch.autograd.grad(loss, input)
-    kernels.loss_and_dlogits = make_rows
+    triton_ops.loss_and_dlogits = make_rows
 
 
 def resources(compiled, backend: str) -> dict:

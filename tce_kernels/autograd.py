@@ -26,15 +26,15 @@ def backend_of(name: str, logits: Tensor):
     if name == "torch":
         return torch_ops
     try:
-        from . import kernels  # imported late: the package works where triton is not installed
+        from . import triton_ops  # imported late: the package works where triton is not installed
     except ImportError as error:
         raise ImportError(f"backend='triton' needs the package triton ({error}); pass backend='torch'") from error
-    if not kernels.serves(logits.device):
+    if not triton_ops.serves(logits.device):
         raise RuntimeError(
             f"backend='triton' needs logits on a GPU, got {logits.device}: move them there, pass backend='torch', or "
             "set TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter"
         )
-    return kernels
+    return triton_ops
 
 
 def as_rows(logits: Tensor) -> Tensor | None:

@@ -34,9 +34,9 @@ def small_blocks(monkeypatch):
 
     monkeypatch.setattr(torch_ops, "BLOCK_LOGITS", 256)
     if importlib.util.find_spec("triton"):
-        from tce_kernels import kernels
+        from tce_kernels import triton_ops
 
-        monkeypatch.setattr(kernels, "WARP", 1)  # blocks of 64
+        monkeypatch.setattr(triton_ops, "WARP", 1)  # blocks of 64
 
 
 @pytest.fixture(scope="session")

@@ -329,7 +329,13 @@ def test_the_triton_path_does_not_synchronise(options, loss, device, monkeypatch
     options = dict(options, weight=torch.ones(V, device=device)) if "weight" in options else options
     threshold = {} if loss is focal else {"threshold": torch.tensor(0.5, device=device)}
     with no_synchronisation() as watching:
-        for name in ("row_loss_kernel", "dlogits_kernel", "loss_and_dlogits_kernel", "scale_kernel"):
+        for name in (
+            "split_sums_kernel",
+            "row_loss_kernel",
+            "dlogits_kernel",
+            "loss_and_dlogits_kernel",
+            "scale_kernel",
+        ):
             monkeypatch.setattr(kernels, name, _Unwatched(getattr(kernels, name), watching))
         value, stats = loss(logits * 1, target, backend="triton", return_stats=True, **threshold, **options)
         torch.autograd.grad(value.sum(), logits)

@@ -410,7 +410,7 @@ def test_chunk_sizes_of_auto():
 @pytest.mark.parametrize("kept", [0, 1, 5, 31, 32])
 def test_triton_packs_the_kept_rows(kept, device):
     """Whichever rows are kept: none is lost, none is written over before it has moved."""
-    from tce_kernels import kernels
+    from tce_kernels import triton_ops
 
     generator = torch.Generator().manual_seed(kept)
     for _ in range(6):
@@ -423,8 +423,8 @@ def test_triton_packs_the_kept_rows(kept, device):
             logit_scale=1.0,
         )  # fmt: skip
         out = torch.empty_like(logits)
-        loss, rows = kernels.loss_and_dlogits(logits, target, scale, param, out, **options)
-        packed_loss, packed_rows, order = kernels.loss_and_kept_dlogits(logits, target, scale, param, **options)
+        loss, rows = triton_ops.loss_and_dlogits(logits, target, scale, param, out, **options)
+        packed_loss, packed_rows, order = triton_ops.loss_and_kept_dlogits(logits, target, scale, param, **options)
         assert torch.equal(order.sort().values, scale.nonzero().squeeze(1))
         assert torch.equal(logits[0, :kept], out[0, order])
         assert torch.equal(packed_loss, loss)

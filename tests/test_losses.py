@@ -260,14 +260,17 @@ def test_gradient_of_a_row_sums_to_zero_and_ignores_shifts(backend, device, smal
 )
 def test_programs_that_share_a_row(loss, options, dtype, device, small_blocks, monkeypatch):
     """Fewer rows than multiprocessors: each row is split, with the same bits every time."""
-    from tce_kernels import kernels
+    from tce_kernels import triton_ops
 
-    monkeypatch.setattr(kernels, "_device_figures", lambda device: (16, 2**30))
+    monkeypatch.setattr(triton_ops, "_device_figures", lambda device: (16, 2**30))
     splits = []
-    row_loss = kernels.row_loss
-    monkeypatch.setattr(
-        kernels, "row_loss", lambda x, *args, **kw: splits.append(kernels._n_splits(x)) or row_loss(x, *args, **kw)
-    )
+    row_loss = triton_ops.row_loss
+
+    def watched(logits, *arguments, **options):
+        splits.append(triton_ops._n_splits(logits))
+        return row_loss(logits, *arguments, **options)
+
+    monkeypatch.setattr(triton_ops, "row_loss", watched)
     for V in (129, 320):  # two blocks and a tail; five full ones
         logits, target = make_inputs(3, V, dtype, device)
         assert_matches_reference(loss, logits, target, backend="triton", **options)
@@ -281,16 +284,16 @@ def test_programs_that_share_a_row(loss, options, dtype, device, small_blocks, m
     "figures", [(108, 40 * 2**20), (132, 50 * 2**20), (148, 126 * 2**20)], ids=["A100", "H100", "B200"]
 )
 def test_rows_in_flight_fit_the_cache_and_keep_memory_busy(figures, monkeypatch):
-    from tce_kernels import kernels
+    from tce_kernels import triton_ops
 
-    monkeypatch.setattr(kernels, "_device_figures", lambda device: figures)
+    monkeypatch.setattr(triton_ops, "_device_figures", lambda device: figures)
     n_multiprocessors, cache_bytes = figures
     for V in (32000, 50257, 128256, 151936, 262144):
         logits = torch.empty(1, dtype=torch.bfloat16).expand(1, 8192, V)
-        n_programs, n_warps = kernels._n_programs(logits), kernels._n_warps(logits)
+        n_programs, n_warps = triton_ops._n_programs(logits), triton_ops._n_warps(logits)
         assert n_programs * 2 * V <= cache_bytes * 3 // 4
         assert n_programs % n_multiprocessors == 0 or n_programs < n_multiprocessors
         assert n_programs * n_warps >= 7 * n_multiprocessors
-        assert kernels._n_splits(logits) == 1
-        few = kernels._n_splits(logits[:, : n_multiprocessors // 4])
+        assert triton_ops._n_splits(logits) == 1
+        few = triton_ops._n_splits(logits[:, : n_multiprocessors // 4])
         assert few in (2, 4, 8)

@@ -1,0 +1,214 @@
+"""The row operations on Triton's kernels: how they are launched, and what for."""
+
+import functools
+
+import torch
+import triton
+
+from . import kernels, stats
+
+WARP = 32  # threads
+LOGITS_PER_THREAD = 32
+COPY_V, COPY_WARPS = 4096, 4
+
+
+def serves(device):
+    """Whether the kernels run on tensors of this device: a GPU, or what Triton's interpreter or driver stands for."""
+    if device.type == "cuda" or not isinstance(kernels.row_loss_kernel, triton.JITFunction):
+        return True
+    try:
+        return triton.runtime.driver.active.get_active_torch_device().type == device.type
+    except RuntimeError:  # no driver at all
+        return False
+
+
+def _launch_options(n_warps):
+    """Compiler options. Fusion is pinned because Triton 3.10 turns it off by default."""
+    if torch.version.hip:  # warps of 64 threads
+        return {"num_warps": n_warps // 2, "enable_fp_fusion": True}
+    # What 512 threads can have: left alone, ptxas aims at fewer and spills to get there.
+    return {"num_warps": n_warps, "enable_fp_fusion": True, "maxnreg": 128}
+
+
+@functools.cache
+def _device_figures(device):
+    """Multiprocessors, and bytes of the cache that they share."""
+    if device.type != "cuda":  # the interpreter: so small that splits, and programs that take several rows, come up
+        return 2, 2**18
+    properties = torch.cuda.get_device_properties(device)
+    # AMD's compute units share the Infinity Cache (256 MB on MI300), which torch does not report.
+    return properties.multi_processor_count, 256 * 2**20 if torch.version.hip else properties.L2_cache_size
+
+
+def _rows_in_flight(logits):
+    """Rows that three quarters of the cache hold at once, so that the second read of a row hits."""
+    _, cache_bytes = _device_figures(logits.device)
+    return cache_bytes * 3 // 4 // (logits.shape[2] * logits.element_size())
+
+
+def _n_warps(logits):
+    """Warps a row: as few as keep memory busy, since a row's reductions cost the same however many logits they sum up.
+
+    Each thread has LOGITS_PER_THREAD logits on their way at a time: 64 bytes of a 16-bit type, 2 KB a warp. A
+    multiprocessor of an H100 is due 14.5 bytes a cycle, which take about 1000 cycles to come: 8 warps or so have to ask
+    for them, in all the rows that are in flight there. That is 2 warps a row at V = 32000, 4 at 50257, 8 at 128256
+    and 151936 and 16 at 262144, on an A100 too.
+    """
+    rows_per_multiprocessor = _rows_in_flight(logits) / _device_figures(logits.device)[0]
+    return next((n for n in (2, 4, 8) if n * rows_per_multiprocessor >= 7.5), 16)
+
+
+def _n_programs(logits):
+    """Programs of `loss_and_dlogits_kernel`: the rows in flight, the same number on every multiprocessor."""
+    outer, inner, _ = logits.shape
+    n_multiprocessors, _ = _device_figures(logits.device)
+    rows = max(_rows_in_flight(logits), 1)
+    if rows > n_multiprocessors:
+        rows -= rows % n_multiprocessors
+    return min(outer * inner, rows, n_multiprocessors * 64 // _n_warps(logits))
+
+
+def _n_splits(logits):
+    """Programs that share a row, a power of two: more than one where there are fewer rows than multiprocessors."""
+    outer, inner, V = logits.shape
+    n_multiprocessors, _ = _device_figures(logits.device)
+    if outer * inner >= n_multiprocessors:
+        return 1
+    most = min(2 * n_multiprocessors // (outer * inner), V // (WARP * _n_warps(logits) * LOGITS_PER_THREAD))
+    return 2 ** (max(most, 1).bit_length() - 1)
+
+
+def _strides(rows):
+    """Strides of the two row dimensions; 0 where there is a single row, whose stride says nothing about alignment."""
+    return [stride if size > 1 else 0 for stride, size in zip(rows.stride()[:2], rows.shape[:2], strict=True)]
+
+
+def _blocks(*tensors):
+    """Constexprs and compiler options: how to read and write the rows of [outer, inner, V] tensors used side by side.
+
+    16 bytes at a time. Triton does so by itself where it can prove that rows are aligned: pointer and strides are
+    multiples of 16. Other rows are peeled, if all tensors are off the 16-byte boundaries by the same bytes. What is
+    left goes one by one, in smaller blocks, since every address then takes registers of its own.
+    """
+    V, item = tensors[0].shape[2], tensors[0].element_size()
+    starts = [(tensor.data_ptr(), *_strides(tensor)) for tensor in tensors]
+    offsets = {(ptr % 16, outer * item % 16, inner * item % 16) for ptr, outer, inner in starts}
+    provable = all(number % 16 == 0 for start in starts for number in start)
+    n_warps = _n_warps(tensors[0])
+    block = WARP * n_warps * LOGITS_PER_THREAD
+    wide = provable or len(offsets) == 1 and V > block
+    return {
+        "PEEL": wide and not provable,
+        "VECTOR": 16 // item if wide else 1,
+        "BLOCK_V": block if wide else block // 4,
+        "THREADS": WARP * n_warps,
+        **_launch_options(n_warps),
+    }
+
+
+def _flags(softcap, label_smoothing):
+    return {"SOFTCAP": softcap is not None, "SMOOTHING": label_smoothing != 0.0}
+
+
+def row_loss(
+    logits, target, row_scale, param, *, rule, alpha, ignore_index, z_loss, label_smoothing, softcap, logit_scale
+):
+    """logits [outer, inner, V], target and row_scale [N], param [] -> loss [N] and rows [6, N], both float32."""
+    outer, inner, V = logits.shape
+    N = outer * inner
+    loss = torch.empty(N, dtype=torch.float32, device=logits.device)
+    rows = torch.empty(stats.N_FIELDS, N, dtype=torch.float32, device=logits.device)
+    if N:
+        n_splits = _n_splits(logits)
+        split_sums = torch.empty(3 * N * n_splits if n_splits > 1 else 0, dtype=torch.float32, device=logits.device)
+        options = {**_blocks(logits), **_flags(softcap, label_smoothing)}
+        with _device(logits):
+            if n_splits > 1:
+                kernels.split_sums_kernel[(N, n_splits)](
+                    logits, target, split_sums, *_strides(logits), inner, N, V,
+                    ignore_index, softcap or 1.0, logit_scale, **options,
+                )  # fmt: skip
+            kernels.row_loss_kernel[(N,)](
+                logits, target, row_scale, param, loss, rows, split_sums, *_strides(logits), inner, N, V,
+                ignore_index, alpha, z_loss, label_smoothing, softcap or 1.0, logit_scale,
+                RULE=rule, N_SPLITS=n_splits, **options,
+            )  # fmt: skip
+    return loss, rows
+
+
+def dlogits(logits, target, row_grad, rows, out, *, z_loss, label_smoothing, softcap, logit_scale):
+    """Write the gradient for row_grad [N] = upstream gradient * row_scale to out, which may be the logits."""
+    outer, inner, V = logits.shape
+    N = outer * inner
+    if N:
+        with _device(logits):
+            kernels.dlogits_kernel[(N, _n_splits(logits))](
+                out, logits, target, row_grad, rows, *_strides(out), *_strides(logits), inner, N, V,
+                z_loss, label_smoothing, softcap or 1.0, logit_scale,
+                **_blocks(logits, out), **_flags(softcap, label_smoothing),
+            )  # fmt: skip
+
+
+def loss_and_dlogits(
+    logits, target, row_scale, param, out, *,
+    rule, alpha, ignore_index, z_loss, label_smoothing, softcap, logit_scale, fill=True,
+):  # fmt: skip
+    """`row_loss`, and `dlogits` for an upstream gradient of 1, in one launch if there are rows enough for that.
+
+    Without `fill` the dropped rows of `out` may stay as they were; with it they become zeros.
+    """
+    outer, inner, V = logits.shape
+    N = outer * inner
+    common = dict(z_loss=z_loss, label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale)
+    if N and _n_splits(logits) > 1 and N <= _rows_in_flight(logits):
+        loss, rows = row_loss(
+            logits, target, row_scale, param, rule=rule, alpha=alpha, ignore_index=ignore_index, **common
+        )
+        dlogits(logits, target, row_scale, rows, out, **common)
+        return loss, rows
+    loss = torch.empty(N, dtype=torch.float32, device=logits.device)
+    rows = torch.empty(stats.N_FIELDS, N, dtype=torch.float32, device=logits.device)
+    if N:
+        options = _blocks(logits, out)
+        with _device(logits):
+            kernels.loss_and_dlogits_kernel[(_n_programs(logits),)](
+                out, logits, target, row_scale, param, loss, rows, *_strides(out), *_strides(logits), inner, N, V,
+                ignore_index, int(fill), alpha, z_loss, label_smoothing, softcap or 1.0, logit_scale,
+                RULE=rule, ONE_BLOCK=V <= options["BLOCK_V"],
+                **options, **_flags(softcap, label_smoothing),
+            )  # fmt: skip
+    return loss, rows
+
+
+def loss_and_kept_dlogits(logits, target, row_scale, param, **options):
+    """`loss_and_dlogits` over the logits [1, n, V] of a buffer of rows, no row of which is ignored, packed.
+
+    Returns loss [n], rows [6, n] and kept [K]: row i < K of the logits now holds the gradient of row kept[i].
+    """
+    loss, rows = loss_and_dlogits(logits, target, row_scale, param, logits, fill=False, **options)
+    is_kept = rows[stats.COEF] != 0
+    kept = is_kept.nonzero().squeeze(1)  # here the host waits, to learn K
+    K = len(kept)
+    if K in (0, len(is_kept)):
+        return loss, rows, kept
+    # The first K rows have as many gaps as there are kept rows behind them: gap h takes the h-th from the end.
+    gap = is_kept[:K].logical_not().cumsum(0)
+    source = torch.where(is_kept[:K], torch.arange(K, device=gap.device), kept[-gap])
+    with _device(logits):
+        kernels.move_rows_kernel[(K,)](logits, source, logits.stride(1), BLOCK_V=COPY_V, **_launch_options(COPY_WARPS))
+    return loss, rows, source
+
+
+def scale_(dlogits, factor):
+    """dlogits [outer, inner, V] *= factor []; device memory is not touched if the factor is 1."""
+    outer, inner, V = dlogits.shape
+    if outer * inner:
+        with _device(dlogits):
+            kernels.scale_kernel[(outer * inner,)](
+                dlogits, factor, *_strides(dlogits), inner, V, BLOCK_V=COPY_V, **_launch_options(COPY_WARPS)
+            )
+
+
+def _device(tensor):
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device_of(tensor)
