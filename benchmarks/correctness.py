@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tce_kernels
 
-N = 48  # rows; one in four is ignored
+FEW, MANY = 48, 192  # rows: fewer than a GPU has multiprocessors, which share them, and more. One in four is ignored
 D = 128
 BLOCK_SIZES = (1000, 50257, 128256)  # one block of the kernels; many, with odd rows; many, aligned
 FLOAT32 = 2e-5  # relative error of p in float32, F.cross_entropy's too
@@ -22,19 +22,21 @@ class Case(NamedTuple):
     dtype: torch.dtype
     V: int
     options: dict
+    N: int = FEW
     strided: bool = False  # rows of the logits lie further apart than their length
 
     def __str__(self) -> str:
         options = ", ".join(f"{k}={list(v.shape) if isinstance(v, Tensor) else v}" for k, v in self.options.items())
         strided = ", strided rows" if self.strided else ""
-        return f"{self.loss}({options}), {str(self.dtype).removeprefix('torch.')}, V = {self.V}{strided}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.loss}({options}), {dtype}, N = {self.N}, V = {self.V}{strided}"
 
 
 def cases(sizes: tuple[int, ...] = BLOCK_SIZES) -> list[Case]:
-    """Every dtype, size and layout; every loss, reduction and shared option; the linear losses likewise."""
+    """Every dtype, size, layout and number of rows; every loss, reduction and shared option; the linear losses too."""
     small, odd, large = sizes
     weight = torch.rand(odd, generator=torch.Generator().manual_seed(3)) + 0.5
-    token_weight = torch.rand(N, generator=torch.Generator().manual_seed(4)) + 0.5
+    token_weight = torch.rand(MANY, generator=torch.Generator().manual_seed(4)) + 0.5
     options = [
         dict(reduction="none"),
         dict(reduction="mean"),
@@ -49,8 +51,14 @@ def cases(sizes: tuple[int, ...] = BLOCK_SIZES) -> list[Case]:
     ]
     truncated, focal = "truncated_cross_entropy", "focal_cross_entropy"
     total = dict(reduction="sum", threshold=0.6)
-    found = [Case(truncated, dtype, V, total, strided) for dtype in DTYPES for V in sizes for strided in (False, True)]
-    found += [Case(truncated, torch.bfloat16, odd, total | option) for option in options]
+    found = [
+        Case(truncated, dtype, V, total, N, strided)
+        for dtype in DTYPES
+        for V in sizes
+        for N in (FEW, MANY)
+        for strided in (False, True)
+    ]
+    found += [Case(truncated, torch.bfloat16, odd, total | option, MANY) for option in options]
     found += [Case(truncated, torch.float32, V, dict(threshold=1.0)) for V in sizes]
     found += [Case(focal, dtype, odd, dict(gamma=2.0, reduction="sum")) for dtype in DTYPES]
     linear = [dict(threshold=0.6), dict(threshold=0.6, reduction="none"), dict(threshold=1.0, chunk_size=20)]
@@ -70,7 +78,7 @@ def failures(todo: Iterable[Case], device: torch.device, backend: str) -> list[s
     return found
 
 
-def make_targets(V: int, generator: torch.Generator) -> Tensor:
+def make_targets(N: int, V: int, generator: torch.Generator) -> Tensor:
     target = torch.randint(V, (N,), generator=generator)
     target[0], target[-1] = 0, V - 1
     target[2::4] = -100
@@ -80,8 +88,9 @@ def make_targets(V: int, generator: torch.Generator) -> Tensor:
 def compare(case: Case, device: torch.device, backend: str) -> str | None:
     """What is wrong with a loss of given logits, whose targets range from lost to confident."""
     generator = torch.Generator().manual_seed(0)
+    N = case.N
     values = 2 * torch.randn(N, case.V, generator=generator)
-    target = make_targets(case.V, generator)
+    target = make_targets(N, case.V, generator)
     # The last is e^2 times as likely as all others together. Were it more, 1 - p and the sum of the others' small
     # terms would be lost in float32, in every implementation.
     values[torch.arange(N), target.clamp(min=0)] = torch.linspace(-4, math.log(case.V) + 4, N)
@@ -110,10 +119,11 @@ def compare(case: Case, device: torch.device, backend: str) -> str | None:
 def compare_linear(case: Case, device: torch.device, backend: str) -> str | None:
     """What is wrong with a loss of hidden states: every third points at its target, the others at a right angle."""
     generator = torch.Generator().manual_seed(0)
+    N = case.N
     input = torch.randn(N, D, generator=generator)
     weight = F.normalize(torch.randn(case.V, D, generator=generator))
     bias = 0.1 * torch.randn(case.V, generator=generator)
-    target = make_targets(case.V, generator)
+    target = make_targets(N, case.V, generator)
     towards = weight[target.clamp(min=0)]
     input -= (input * towards).sum(1, keepdim=True) * towards
     input[::3] = 60 * towards[::3]
