@@ -91,8 +91,13 @@ def _device_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    """The commit that is checked out, with "-dirty" if its files have changed, results aside."""
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        name = _git("rev-parse", "--short=10", "HEAD")
+        return name + ("-dirty" if _git("status", "--porcelain", "-uno", ":/", ":!results") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
