@@ -204,7 +204,8 @@ def compiler_versions() -> str:
     for tool in sorted((Path(triton.__file__).parent / "backends/nvidia/bin").glob("ptxas*")):
         said = subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout
         found.append(f"{tool.name} {re.search(r'V([0-9.]+)', said)[1]}")
-    found += [f"torch {report.version('torch')}", f"liger-kernel {report.version('liger-kernel')}"]
+    found.append(f"torch {report.version('torch')}")
+    found.append(f"liger-kernel {report.version('liger-kernel') or 'not installed'}")
     return f"{', '.join(found)} | commit {report.commit()}"
 
 
