@@ -114,7 +114,7 @@ def cases(core_only: bool, liger: bool) -> list[Case]:
         with_flags = layout in ("aligned", "peeled", "unaligned", "one unaligned block")
         for flags in FLAGS if with_flags else FLAGS[:1]:
             found.append(Case(TRAINING, ROWS, V, layout, dtype, flags, padding))
-        if with_flags:
+        if with_flags and dtype == torch.bfloat16:  # float16 takes this path by itself
             found.append(Case(RETAINED, ROWS, V, layout, dtype, (), padding))
     for dtype, V in itertools.product(DTYPES, (32000, 50257)):
         found.append(Case(TRAINING, FEW_ROWS, V, "few rows", dtype))
