@@ -66,7 +66,7 @@ def test_aligned_16_bit_rows_move_16_bytes_at_a_time(variants, target):
         assert narrow(report["stores"]) <= 1, report
         assert vectors(report["stores"]) > 0 or report["kernel"] not in WRITERS, report
         checked += 1
-    assert checked > 30
+    assert checked > 20
 
 
 @pytest.mark.parametrize("target", NVIDIA)
