@@ -114,9 +114,9 @@ def _edge(start, head, body, EDGE_V: tl.constexpr, PEEL: tl.constexpr):
 
 
 @triton.jit
-def _pivot(max_u, scale):
-    """What is subtracted from u * scale in one fused operation: the largest product, if it is a finite number."""
-    return tl.maximum(max_u * scale, LOWEST)
+def _pivot(max_u, scale, lowest):
+    """What is subtracted from u * scale in one fused operation: the largest product, unless it is below `lowest`."""
+    return tl.maximum(max_u * scale, lowest)
 
 
 @triton.jit
@@ -130,13 +130,13 @@ def _fitting(scale, row_max):
 
 
 @triton.jit
-def _accumulate(max_u, sum_exp, sum_u, u, mask, scale, SMOOTHING: tl.constexpr, VECTOR: tl.constexpr):
+def _accumulate(max_u, sum_exp, sum_u, u, mask, scale, lowest, SMOOTHING: tl.constexpr, VECTOR: tl.constexpr):
     """Take one block of u into the maxima and sums [THREADS], one a thread, so that none waits for another."""
     parts: tl.constexpr = (u.shape[0] // (max_u.shape[0] * VECTOR), max_u.shape[0], VECTOR)
     new_max = tl.maximum(max_u, tl.max(tl.max(tl.reshape(u, parts), 2), 0))
-    pivot = _pivot(new_max, scale)
+    pivot = _pivot(new_max, scale, lowest)
     exps = tl.exp2(tl.fma(tl.reshape(u, parts), scale, -pivot[None, :, None]))
-    sum_exp = sum_exp * tl.exp2(_pivot(max_u, scale) - pivot) + tl.sum(tl.sum(exps, 2), 0)
+    sum_exp = sum_exp * tl.exp2(_pivot(max_u, scale, lowest) - pivot) + tl.sum(tl.sum(exps, 2), 0)
     if SMOOTHING:
         sum_u += tl.sum(tl.sum(tl.reshape(tl.where(mask, u, 0.0), parts), 2), 0)
     return new_max, sum_exp, sum_u
@@ -144,10 +144,10 @@ def _accumulate(max_u, sum_exp, sum_u, u, mask, scale, SMOOTHING: tl.constexpr, 
 
 @triton.jit
 def _sweep_at(
-    row_ptr, V, logit_scale, softcap, scale, split, n_splits, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr,
+    row_ptr, V, logit_scale, softcap, scale, lowest, split, n_splits, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr,
     PEEL: tl.constexpr, VECTOR: tl.constexpr, BLOCK_V: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """`_sweep` for a scale that is known to fit, or of which the result shows that it does not."""
+    """`sweep` for a scale that is known to fit, or of which the result shows that it does not."""
     # A finite start: nothing becomes NaN where a whole block is -inf, and a whole row of -inf still does.
     max_u = tl.full([THREADS], LOWEST, tl.float32)
     sum_exp = tl.zeros([THREADS], tl.float32)
@@ -158,7 +158,7 @@ def _sweep_at(
     for start in range(split * BLOCK_V, body, n_splits * BLOCK_V):
         # The row is wanted again for the gradient: let it stay in L2.
         u = lift(_load(body_ptr + start, "evict_last", VECTOR, BLOCK_V), logit_scale, softcap, SOFTCAP)
-        max_u, sum_exp, sum_u = _accumulate(max_u, sum_exp, sum_u, u, True, scale, SMOOTHING, VECTOR)
+        max_u, sum_exp, sum_u = _accumulate(max_u, sum_exp, sum_u, u, True, scale, lowest, SMOOTHING, VECTOR)
     for start in range(split * EDGE_V, V - body, n_splits * EDGE_V):
         cols = _edge(start, head, body, EDGE_V, PEEL)
         mask = cols < V
@@ -166,10 +166,12 @@ def _sweep_at(
         u = lift(x, logit_scale, softcap, SOFTCAP)
         if SOFTCAP:
             u = tl.where(mask, u, -float("inf"))
-        max_u, sum_exp, sum_u = _accumulate(max_u, sum_exp, sum_u, u, mask, scale, SMOOTHING, 1 if PEEL else VECTOR)
+        max_u, sum_exp, sum_u = _accumulate(
+            max_u, sum_exp, sum_u, u, mask, scale, lowest, SMOOTHING, 1 if PEEL else VECTOR
+        )
     row_max = tl.max(max_u, 0)
-    pivot = _pivot(row_max, scale)
-    sum_exp = tl.sum(sum_exp * tl.exp2(_pivot(max_u, scale) - pivot), 0)
+    pivot = _pivot(row_max, scale, lowest)
+    sum_exp = tl.sum(sum_exp * tl.exp2(_pivot(max_u, scale, lowest) - pivot), 0)
     if SMOOTHING:
         row_sum = tl.sum(sum_u, 0)
     else:
@@ -184,14 +186,15 @@ def sweep(
     PEEL: tl.constexpr, VECTOR: tl.constexpr, BLOCK_V: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Maximum of u, sum of exp2((u - maximum) scale) and sum of u (label smoothing only) over one split of a row."""
+    # Logits below -2^31 or so are lost beside others, and would be infinite where a thread has nothing else.
     row_max, sum_exp, sum_u = _sweep_at(
-        row_ptr, V, logit_scale, softcap, scale, split, n_splits,
+        row_ptr, V, logit_scale, softcap, scale, -HUGE, split, n_splits,
         SOFTCAP, SMOOTHING, PEEL, VECTOR, BLOCK_V, THREADS,
     )  # fmt: skip
     fitting = _fitting(scale, row_max)
     if fitting != scale:
         row_max, sum_exp, sum_u = _sweep_at(
-            row_ptr, V, logit_scale, softcap, fitting, split, n_splits,
+            row_ptr, V, logit_scale, softcap, fitting, LOWEST, split, n_splits,
             SOFTCAP, SMOOTHING, PEEL, VECTOR, BLOCK_V, THREADS,
         )  # fmt: skip
     return row_max, sum_exp, sum_u
@@ -268,7 +271,7 @@ def write_gradient(
 ):  # fmt: skip
     """Write the gradient of one split of a row."""
     fitting = _fitting(scale, row_max)
-    pivot = _pivot(row_max, fitting)
+    pivot = _pivot(row_max, fitting, LOWEST)
     of_fused_exp = of_exp / tl.exp2(tl.fma(row_max, fitting, -pivot))  # from the maximum to the rounded pivot
     EDGE_V: tl.constexpr = EDGE_LOGITS_PER_THREAD * THREADS
     head, body = _peel(row_ptr, V, BLOCK_V, PEEL)
