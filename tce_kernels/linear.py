@@ -251,9 +251,9 @@ class LinearLossAndGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, weight, bias, anchor, *arguments):
+        *_, ctx.backend, _chunk_size, _dtype, _accumulate_dtype, ctx.needs = arguments
         loss, rows, *gradients = linear_loss(input, weight, bias, *arguments)
         ctx.save_for_backward(*gradients, anchor)
-        ctx.backend, ctx.needs = arguments[10], arguments[-1]
         ctx.dtypes = input.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.n_arguments = len(arguments)
         ctx.mark_non_differentiable(rows)
@@ -277,11 +277,9 @@ class LinearRowLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, weight, bias, anchor, *arguments):
-        *options, needs = arguments
-        loss, rows, *_ = linear_loss(input, weight, bias, *options, [False] * 3)
-        target, row_scale, *_ = arguments
+        target, row_scale, _param, _rule, _alpha, _ignore_index, *ctx.options, ctx.needs = arguments
+        loss, rows, *_ = linear_loss(input, weight, bias, *arguments[:-1], [False] * 3)
         ctx.save_for_backward(input, weight, bias, target, row_scale, rows, anchor)
-        ctx.options, ctx.needs = options[6:], needs
         ctx.n_arguments = len(arguments)
         ctx.mark_non_differentiable(rows)
         return loss, rows
@@ -295,7 +293,8 @@ class LinearRowLoss(torch.autograd.Function):
                 grad_loss * row_scale, rows, *ctx.options, ctx.needs,
             )  # fmt: skip
         dtypes = input.dtype, weight.dtype, None if bias is None else bias.dtype
-        return *_hand_out(gradients, ctx.needs, dtypes, anchor, ctx.options[4]), *[None] * (1 + ctx.n_arguments)
+        *_, backend, _chunk_size, _dtype, _accumulate_dtype = ctx.options
+        return *_hand_out(gradients, ctx.needs, dtypes, anchor, backend), *[None] * (1 + ctx.n_arguments)
 
 
 def loss_and_rows(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments, in_forward: bool):
