@@ -22,6 +22,7 @@ from .sweeps import (
     row_gradient,
     row_pointer,
     store_row,
+    sum_of_products,
     sweep,
     write_gradient,
     write_target,
@@ -80,7 +81,7 @@ def row_loss_kernel(
         sums_ptr = split_sums_ptr + row * N_SPLITS + tl.arange(0, N_SPLITS)
         split_max = tl.load(sums_ptr)
         row_max = tl.max(split_max, 0)
-        sum_exp = tl.sum(tl.load(sums_ptr + N * N_SPLITS) * tl.exp2((split_max - row_max) * scale), 0)
+        sum_exp = sum_of_products(tl.load(sums_ptr + N * N_SPLITS), tl.exp2((split_max - row_max) * scale))
         sum_u = tl.sum(tl.load(sums_ptr + 2 * N * N_SPLITS), 0)
     elif live:
         row_max, sum_exp, sum_u = sweep(

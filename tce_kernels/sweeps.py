@@ -143,6 +143,12 @@ def _accumulate(max_u, sum_exp, sum_u, u, mask, scale, lowest, SMOOTHING: tl.con
 
 
 @triton.jit
+def sum_of_products(x, y):
+    """The same in every lane: the compiler would fuse a product with the first addition, which lanes do in turn."""
+    return tl.sum(tl.fma(x, y, tl.zeros_like(x)), 0)
+
+
+@triton.jit
 def _sweep_at(
     row_ptr, V, logit_scale, softcap, scale, lowest, split, n_splits, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr,
     PEEL: tl.constexpr, VECTOR: tl.constexpr, BLOCK_V: tl.constexpr, THREADS: tl.constexpr,
@@ -171,7 +177,7 @@ def _sweep_at(
         )
     row_max = tl.max(max_u, 0)
     pivot = _pivot(row_max, scale, lowest)
-    sum_exp = tl.sum(sum_exp * tl.exp2(_pivot(max_u, scale, lowest) - pivot), 0)
+    sum_exp = sum_of_products(sum_exp, tl.exp2(_pivot(max_u, scale, lowest) - pivot))
     if SMOOTHING:
         row_sum = tl.sum(sum_u, 0)
     else:
