@@ -12,7 +12,7 @@ import tce_kernels
 
 FEW, MANY = 48, 192  # rows: fewer than a GPU has multiprocessors, which share them, and more. One in four is ignored
 D = 128
-BLOCK_SIZES = (1000, 50257, 128256)  # one block of the kernels; many, with odd rows; many, aligned
+BLOCK_SIZES = (1024, 50257, 128256)  # one block of the kernels; many, with odd rows; many, aligned
 FLOAT32 = 2e-5  # relative error of p in float32, F.cross_entropy's too
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,7 +1,8 @@
 """Triton kernels.
 
-Bytes of device memory per b-byte logit: `row_loss_kernel` b; `loss_and_dlogits_kernel` 2 b (kept rows are read again,
-but from registers or from L2), `dlogits_kernel` 2 b for kept rows and b for dropped ones, written but not read.
+Bytes of device memory per b-byte logit: `row_loss_kernel` b, or `split_sums_kernel` in its place;
+`loss_and_dlogits_kernel` 2 b (kept rows are read again, but from registers or from L2), `dlogits_kernel` 2 b for kept
+rows and b for dropped ones, written but not read.
 """
 
 import triton
@@ -183,6 +184,7 @@ def loss_and_dlogits_kernel(
             row_scale, coef, lse, sum_exp, z_loss, label_smoothing, logit_scale, V
         )
         kept = coef != 0.0
+        tl.debug_barrier()  # the gradient may overwrite the logits: every thread has read them by now
         if ONE_BLOCK:
             gradient = gradient_of((u - row_max) * scale, u, of_exp, of_ones, SOFTCAP, SMOOTHING)
             gradient = tl.where(kept, gradient, 0.0)

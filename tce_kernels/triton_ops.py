@@ -50,8 +50,8 @@ def _n_warps(logits):
     """Warps a row: as few as keep memory busy, since a row's reductions cost the same however many logits they sum up.
 
     Each thread has LOGITS_PER_THREAD logits on their way at a time: 64 bytes of a 16-bit type, 2 KB a warp. A
-    multiprocessor of an H100 is due 14.5 bytes a cycle, which take about 1000 cycles to come: 8 warps or so have to ask
-    for them, in all the rows that are in flight there. That is 2 warps a row at V = 32000, 4 at 50257, 8 at 128256
+    multiprocessor of an H100 is due 13 to 15 bytes a cycle, which take about 1000 cycles to come: 8 warps or so have to
+    ask for them, in all the rows that are in flight there. That is 2 warps a row at V = 32000, 4 at 50257, 8 at 128256
     and 151936 and 16 at 262144, on an A100 too.
     """
     rows_per_multiprocessor = _rows_in_flight(logits) / _device_figures(logits.device)[0]

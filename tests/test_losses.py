@@ -22,7 +22,7 @@ import tce_kernels
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 LOSSES = [cross_entropy, truncated, focal]
-# One row each: a single class, less than a block, a block and a tail, several blocks and a tail.
+# Rows of a single class, of less than a block, and twice of two to four blocks and a tail, by the dtype.
 SHAPES = [(5, 1), (9, 33), (6, 8195), (3, 20011)]
 
 N, V = 8, 199  # with `small_blocks`: three full blocks and a tail in a row, one row or so a block on the CPU
