@@ -13,8 +13,9 @@ SUBCOMMANDS = {
     "linear": "time and memory of linear layer, loss and gradients, without all logits in memory",
     "codegen": "what the compiled kernels need and cost on GPUs that are not there",
     "train": "train a small language model with each loss on Python's own documentation",
+    "collapse": "models trained again and again on their own output, with and without truncation",
 }
-EXTRA = {"matplotlib", "tabulate", "tokenizers", "tqdm"}
+EXTRA = {"matplotlib", "scipy", "sklearn", "tabulate", "tokenizers", "tqdm"}
 INTERRUPTED = 130  # exit status after Ctrl-C
 
 

@@ -15,7 +15,6 @@ from pydoc_data.topics import topics
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from tce_kernels import LossStats, linear_focal_cross_entropy, linear_truncated_cross_entropy
 
 from . import plots, report
+from .transformer import LanguageModel
 
 THRESHOLD = 0.9
 LOG_THRESHOLD = math.log(THRESHOLD)
@@ -41,37 +41,6 @@ CONTEXT = 64
 BATCH = 8
 LEARNING_RATE = 3e-3
 SPLIT_SEED = 3
-
-
-class Block(nn.Module):
-    def __init__(self, D: int, n_heads: int):
-        super().__init__()
-        self.n_heads = n_heads
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
-        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, D)
-        q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.mlp_norm(x))
-
-
-class LanguageModel(nn.Module):
-    """Pre-norm transformer: tokens (B, T) to what `head` makes logits of, (B, T, D)."""
-
-    def __init__(self, D: int = 128, n_blocks: int = 2, n_heads: int = 4):
-        super().__init__()
-        self.token, self.position = nn.Embedding(VOCABULARY, D), nn.Embedding(CONTEXT, D)
-        self.blocks = nn.Sequential(*(Block(D, n_heads) for _ in range(n_blocks)))
-        self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, VOCABULARY, bias=False)
-        for embedding in (self.token, self.position):
-            nn.init.normal_(embedding.weight, std=0.02)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
-        return self.norm(self.blocks(x))
 
 
 class Training(NamedTuple):
@@ -106,7 +75,7 @@ def windows(tokens: Tensor) -> tuple[Tensor, Tensor]:
 def train(name: str, tokens: Tensor, steps: int, seed: int) -> Training:
     """Same seed: same initial weights and same batches, whatever the loss."""
     torch.manual_seed(seed)
-    model = LanguageModel().to(tokens.device)
+    model = LanguageModel(VOCABULARY, CONTEXT).to(tokens.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1, cycle_momentum=False

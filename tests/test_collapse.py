@@ -1,0 +1,411 @@
+"""The collapse laboratory: crossings and ratios, resumed runs, what the small models compute."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+
+NEEDED = ("matplotlib", "scipy", "sklearn", "tabulate", "tokenizers", "tqdm")
+ABSENT = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+if ABSENT:
+    pytest.skip(f"{', '.join(ABSENT)}: only python -m benchmarks needs it", allow_module_level=True)
+
+from benchmarks import report  # noqa: E402
+from benchmarks.collapse import categorical, corpus, decoding, engine, fidelity, gaussian, gmm, lm, published  # noqa: E402
+from benchmarks.transformer import LanguageModel  # noqa: E402
+
+
+def test_the_papers_table_gives_the_papers_intervals():
+    """38.1 and 90.7 million tokens are in its text, 91.4 is in its figure; 68.1 follows from its table."""
+    table = published.RETENTION["LLaMA-3.2-1B, Wikitext"]
+    found = {
+        arm: fidelity.crossing(published.MILLION_TOKENS, retention, published.LEVEL).position.item()
+        for arm, retention in table.items()
+    }
+    expected = {"cross-entropy": 38.1, "TCE 0.9": 90.7, "TCE 0.99": 68.1, "focal 2": 91.4}
+    assert {arm: round(position, 1) for arm, position in found.items()} == expected
+
+
+def test_crossings():
+    curves = [[1, 0.5, 0], [1, 1, 1], [0.2, 1, 1], [1, 0.5, 0.9], [1, 0.75, 0.5]]
+    position, censored = fidelity.crossing([0, 1, 3], curves, 0.75)
+    assert position.tolist() == [0.5, 3, 0, 0.5, 1]
+    assert censored.tolist() == [False, True, False, False, False]
+
+
+def falling(slope):
+    """(4 seeds, 11 generations, 200 items) of truth values, a share 1 - slope * generation of them true."""
+    difficulty = (np.arange(200) + 0.5) / 200
+    right = difficulty < 1 - slope * np.arange(11)[:, None]
+    return np.stack([right] * 4)
+
+
+def test_a_ratio_of_known_curves():
+    """One arm falls half as fast."""
+    positions = np.arange(11)
+    slow, fast = (fidelity.resample(falling(slope)) for slope in (0.05, 0.1))
+    found = fidelity.ratio(positions, slow, fast, 0.75)
+    assert found.low <= found.median <= found.high
+    assert found.median == pytest.approx(2)  # 5 / 2.5
+    assert 1.6 < found.low and found.high < 2.5  # both arms have the same 200 items
+    assert not found.at_least
+    same = fidelity.ratio(positions, fast, fast, 0.75)
+    assert tuple(same) == (1, 1, 1, False)
+
+
+def test_censored_runs():
+    positions = np.arange(11)
+    slow, fast = (fidelity.resample(falling(slope)) for slope in (0.001, 0.1))
+    bound = fidelity.ratio(positions, slow, fast, 0.75)
+    assert bound.at_least
+    assert bound.median == pytest.approx(4)  # 10 / 2.5
+    assert np.isnan(fidelity.ratio(positions, fast, slow, 0.75).median)
+
+
+def test_the_band_has_two_sides():
+    assert (fidelity.within(np.array([0.4, 0.6, 1, 1.9, 2.1]), 0.5, 2) >= 0).tolist() == [
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
+
+
+def random_walk():
+    def begin(run, shared):
+        return torch.zeros(3)
+
+    def advance(run, state, generation):
+        state = state + torch.randn(3, generator=torch.Generator().manual_seed(run.seed + generation))
+        return state, dict(position=generation, total=state.sum().item())
+
+    return engine.Experiment(begin, advance)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["in a generation", "before the state is saved", "before the figures are saved"])
+def test_a_killed_run_goes_on_and_ends_the_same(moment, tmp_path, monkeypatch):
+    run = engine.Run("walk", "a setting", "an arm", 3, 6, {})
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    engine.perform(random_walk(), run, whole)
+    begin, advance = random_walk()
+    calls = []
+
+    def killed(run, state, generation):
+        calls.append(generation)
+        if moment == "in a generation" and generation == 4:
+            raise Killed
+        return advance(run, state, generation)
+
+    def killed_replace(path, write):
+        if len(calls) == 5 and (path.suffix == ".pt") == (moment == "before the state is saved"):
+            raise Killed
+        original(path, write)
+
+    original = engine.replace
+    with monkeypatch.context() as patched:
+        if moment != "in a generation":
+            patched.setattr(engine, "replace", killed_replace)
+        with pytest.raises(Killed):
+            engine.perform(engine.Experiment(begin, killed), run, resumed)
+    calls.clear()
+    engine.perform(engine.Experiment(begin, killed if moment != "in a generation" else advance), run, resumed)
+    assert run.path(resumed).read_text() == run.path(whole).read_text()
+    if moment == "before the figures are saved":
+        assert calls == [5]  # the state of generation 4 was there
+    assert not list(engine.scratch(resumed).rglob("*.pt*"))
+    engine.perform(engine.Experiment(None, None), run, resumed)  # nothing is left to do
+
+
+def test_lost_data_is_an_error(tmp_path):
+    run = engine.Run("walk", "a setting", "an arm", 3, 6, {})
+    engine.perform(random_walk(), run, tmp_path)
+    path = run.path(tmp_path)
+    path.write_text("\n".join(path.read_text().splitlines()[:-2]) + "\n")
+    with pytest.raises(engine.Missing, match="has 4 of 6 generations.*delete"):
+        engine.perform(random_walk(), run, tmp_path)
+
+
+def test_other_configurations_have_other_files(tmp_path):
+    run = engine.Run("walk", "a setting", "an arm", 3, 6, {"n": 1}, {"gamma": 0.9})
+    others = [
+        run._replace(generations=7), run._replace(config={"n": 2}), run._replace(options={"gamma": 0.8}),
+        run._replace(seed=4), run._replace(arm="b"), run._replace(setting="c"),
+    ]  # fmt: skip
+    assert len({each.path(tmp_path) for each in [run, *others]}) == 7
+
+
+def test_figure_2_is_reproduced_with_the_models_quantile():
+    """The curve labelled 0.85 is that of 0.83, and the samples' own quantile gives neither."""
+    n_seeds = 8
+
+    def curves(setting, arm):
+        found = []
+        for run in gaussian.runs(True, n_seeds):
+            if (run.setting, run.arm) == (setting, arm):
+                state, sigmas = gaussian.begin(run, None), []
+                for generation in range(run.generations):
+                    state, figures = gaussian.advance(run, state, generation)
+                    sigmas.append(figures["sigma"])
+                found.append(sigmas)
+        return np.array(found)[:, published.FIGURE_2_GENERATIONS]
+
+    def agrees(setting, arm, label):
+        """Within three standard deviations of a single run, which is what the figure shows, and its line's width."""
+        found = curves(setting, arm)
+        return bool((abs(found.mean(0) - published.FIGURE_2[label]) < 3 * found.std(0) + 0.005).all())
+
+    assert agrees(gaussian.MODEL, "all samples", "all samples")
+    assert agrees(gaussian.MODEL, "gamma 0.83", "TCE 0.85")
+    assert agrees(gaussian.MODEL, "gamma 0.80", "TCE 0.80")
+    assert not agrees(gaussian.MODEL, "gamma 0.85", "TCE 0.85")
+    assert not agrees(gaussian.SAMPLES, "gamma 0.85", "TCE 0.85")
+    assert not agrees(gaussian.SAMPLES, "gamma 0.80", "TCE 0.80")
+
+
+@pytest.mark.parametrize("definition", [gaussian.MODEL, gaussian.SAMPLES])
+def test_the_variance_follows_lambda_squared(definition):
+    """Over 49 generations: the standard error is about 0.02 (of a log-variance) * 7 (of their sum) / 49 / sqrt(8)."""
+    logs = []
+    for run in gaussian.runs(True, 8):
+        if (run.setting, run.arm) == (definition, "gamma 0.80"):
+            first = state = gaussian.advance(run, 1.0, 0)[0]
+            for generation in range(1, 50):
+                state, _ = gaussian.advance(run, state, generation)
+            logs.append(2 * np.log(state / first) / 49)
+    predicted = np.log(gaussian.variance_factor(0.8, gaussian.BIAS, definition))
+    assert np.mean(logs) == pytest.approx(predicted, abs=0.002)
+    assert abs(predicted - np.log(gaussian.variance_factor(0.8, gaussian.BIAS, definition) / gaussian.BIAS)) > 0.1
+
+
+def test_stochastic_gradients_find_the_cap():
+    """To 1e-3, for contexts above, near and below the threshold; drawn targets, so only in the mean over steps."""
+    q = torch.tensor([[0.97, 0.02, 0.01], [0.905, 0.09, 0.005], [0.5, 0.3, 0.2]], dtype=torch.float64)
+    random = torch.Generator().manual_seed(0)
+
+    def draw():
+        targets = torch.multinomial(q, 4096, replacement=True, generator=random)
+        return torch.arange(len(q)).repeat_interleave(4096), targets.flatten()
+
+    found = categorical.descend(torch.zeros(3, 3), draw, ("truncated", 0.9), 2000)
+    expected = categorical.cap(q, 0.9)
+    torch.testing.assert_close(expected[0], torch.tensor([0.9, 0.2 / 3, 0.1 / 3], dtype=torch.float64))
+    torch.testing.assert_close(expected[2], q[2])
+    torch.testing.assert_close(found.double(), expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(categorical.cap(expected, 0.9), expected)
+
+
+def test_dropping_the_densest_points_widens_a_gaussian():
+    """1 - ln gamma, on a million points: the standard error of the ratio is about 0.001."""
+    squared_radius = np.square(np.random.default_rng(0).standard_normal((1_000_000, 2))).sum(1)
+    kept = squared_radius[squared_radius >= np.quantile(squared_radius, 0.2)]
+    assert kept.mean() / squared_radius.mean() == pytest.approx(1 - np.log(0.8), abs=0.005)
+
+
+def test_scale_and_energy_distance():
+    x = np.random.default_rng(0).standard_normal((4000, 2)) * [3, 1]
+    assert gmm.scale(gmm.fit(x, 0)) == pytest.approx(np.sqrt(np.square(x - x.mean(0)).sum(1).mean() / 2), rel=1e-3)
+    assert gmm.energy_distance(x[:500], x[:500]) == 0
+    assert gmm.energy_distance(np.zeros((3, 2)), np.ones((3, 2))) == pytest.approx(2 * np.sqrt(2))
+
+
+V, CONTEXT = 60, 16
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = LanguageModel(V, CONTEXT, D=32, n_blocks=2, n_heads=4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)  # far from equal probabilities
+    return model
+
+
+def log_probs(model, tokens):
+    return model.head(model(tokens))[:, -1].log_softmax(-1)
+
+
+def test_the_cache_changes_nothing(model):
+    tokens = torch.randint(V, (3, CONTEXT), generator=torch.Generator().manual_seed(0))
+    hidden, caches = model.extend(tokens[:, :5], [None, None])
+    parts = [hidden]
+    for i in range(5, CONTEXT):
+        hidden, caches = model.extend(tokens[:, i : i + 1], caches)
+        parts.append(hidden)
+    torch.testing.assert_close(torch.cat(parts, 1), model(tokens), atol=1e-5, rtol=1e-4)
+
+
+def rewritten(model, split, decoder):
+    noise = torch.rand(len(split) // 8, 8, generator=torch.Generator().manual_seed(1))
+    return decoding.rewrite(model, split, decoder, 8, 8, noise).view(-1, 8), noise
+
+
+@pytest.fixture
+def split():
+    return torch.randint(V, (80,), generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def test_greedy_decoding_and_prompts(model, split, monkeypatch):
+    monkeypatch.setattr(decoding, "AT_ONCE", 4)  # several batches, the last one smaller
+    found, _ = rewritten(model, split, decoding.DECODERS["greedy"])
+    for i, block in enumerate(found):
+        tokens = split.roll(8 - 8 * i)[None, :8]  # the old text before the block, whose beginning follows its end
+        for token in block:
+            assert log_probs(model, tokens)[0].argmax() == token
+            tokens = torch.cat([tokens, token.view(1, 1)], 1)
+
+
+@torch.no_grad()
+def test_sampling_follows_the_tempered_distribution(model, split):
+    found, noise = rewritten(model, split, decoding.Decoder(temperature=0.7))
+    tokens = split.roll(8).view(-1, 8)
+    for i in range(8):
+        below = (log_probs(model, tokens) / 0.7).softmax(-1).cumsum(-1)
+        inside = (below.gather(1, found[:, i : i + 1]) >= noise[:, i : i + 1] - 1e-5).all()
+        lower = torch.cat([torch.zeros(len(below), 1), below], 1).gather(1, found[:, i : i + 1])
+        assert inside and (lower <= noise[:, i : i + 1] + 1e-5).all()
+        tokens = torch.cat([tokens, found[:, i : i + 1]], 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("penalty", [1.0, 3.0])
+def test_beam_search_against_a_search_without_cache(model, split, penalty):
+    beams = 3
+    found, _ = rewritten(model, split, decoding.Decoder(0.0, beams, penalty))
+    for i, block in enumerate(found):
+        hypotheses = [(0.0, split.roll(8 - 8 * i)[:8])]
+        for _ in range(8):
+            extended = []
+            for score, tokens in hypotheses:
+                step = log_probs(model, tokens[None])[0]
+                step[tokens.unique()] *= penalty  # log-probabilities are negative
+                extended += [(score + step[v].item(), torch.cat([tokens, torch.tensor([v])])) for v in range(V)]
+            hypotheses = sorted(extended, key=lambda pair: -pair[0])[:beams]
+        assert torch.equal(hypotheses[0][1][8:], block)
+
+
+def test_items_differ_in_one_word():
+    text = corpus.read((), corpus.identity(())["sha256"])
+    found = corpus.split(text, 512, 3, 4096, 100, 10, 24, 44)
+    tokens, ends = found.items.tokens, found.items.ends
+    assert tokens.shape[:2] == (100, 2) and found.other_items.tokens.shape[:2] == (30, 2)
+    assert tokens.shape[2] <= 44
+    assert torch.equal(tokens[:, 0, :24], tokens[:, 1, :24])
+    assert not (tokens[:, 0] == tokens[:, 1]).all(-1).any()
+    first = " ".join(map(str, found.splits[0].tolist()))
+    for (real, false), (end, false_end) in zip(tokens, ends, strict=True):
+        assert f" {' '.join(map(str, real[:end].tolist()))} " in f" {first} "  # of split 0, word for word
+        after = min(end, false_end) - 25  # the rest is the same, and at least one token of the word differs
+        same = (real[:end].flip(0)[:after] == false[:false_end].flip(0)[:after]).int().cumprod(0).sum()
+        assert same >= 3  # three more words follow
+    with pytest.raises(ValueError, match="must have at least"):
+        corpus.split(text, 512, 3, 4096, 5000, 10, 24, 44)
+    with pytest.raises(ValueError, match="corpus must have at least"):
+        corpus.split(text, 512, 3, 10**6, 100, 10, 24, 44)
+
+
+def test_a_changed_corpus_is_refused(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("one")
+    identity = corpus.identity((str(path),))
+    path.write_text("two")
+    with pytest.raises(ValueError, match="has changed"):
+        corpus.read((str(path),), identity["sha256"])
+
+
+TINY = lm.Config(
+    vocabulary=300, D=16, n_blocks=1, n_heads=2, context=48, epochs=2, n_splits=2, split_tokens=1024,
+    prompt=16, block=16, n_items=10, n_other_items=5, item_context=20,
+)  # fmt: skip
+
+
+def tiny_run(arm, data, **changes):
+    config = TINY._replace(**corpus.identity(()), **changes)
+    return lm.runs(config, [arm], ["T=1"], [data], 1)[0]
+
+
+def performed(run, folder):
+    engine.perform(lm.EXPERIMENT, run, folder)
+    return report.load(run.path(folder))[1]
+
+
+def test_data_arms_train_on_what_they_say(tmp_path, monkeypatch):
+    trained_on = []
+    fit = lm._fit
+
+    def recorded(model, tokens, *arguments):
+        trained_on.append(tokens.clone())
+        return fit(model, tokens, *arguments)
+
+    monkeypatch.setattr(lm, "_fit", recorded)
+    for data in lm.DATA:
+        performed(tiny_run("cross-entropy", data), tmp_path)
+    real = lm._corpus(TINY._replace(**corpus.identity(()))).splits
+    assert len(trained_on[0]) > 4 * real.numel() / 5  # the pretraining, once for all arms
+    stages = [tokens.view(-1, 1024) for tokens in trained_on[1:]]
+    replaced, accumulated, synthetic, kept = stages[:2], stages[2:4], stages[4:12], stages[12:]
+    for first in (replaced[0], accumulated[0], synthetic[0], kept[0]):
+        assert torch.equal(first, real[:1])
+    assert torch.equal(replaced[1][1], real[1])
+    rewriting = replaced[1][0]
+    assert (rewriting == real[0]).double().mean() < 0.5
+    assert torch.equal(accumulated[1], torch.stack([rewriting, real[0], real[1]]))
+    assert torch.equal(synthetic[1], rewriting[None])
+    assert len(synthetic[2]) == 1 and not torch.equal(synthetic[2], synthetic[1])
+    assert torch.equal(kept[1], real)
+
+
+def test_arms_share_everything_but_the_loss(tmp_path):
+    """Truncation at 1 is cross-entropy; the other losses give other models from the same start."""
+    lm.LOSSES["TCE 1"] = lm.truncated(1.0)
+    try:
+        rows = {arm: performed(tiny_run(arm, lm.PAPER), tmp_path) for arm in lm.LOSSES}
+    finally:
+        del lm.LOSSES["TCE 1"]
+    assert rows["TCE 1"] == rows["cross-entropy"]
+    last = {arm: row[-1]["held_out_cross_entropy"] for arm, row in rows.items() if arm != "TCE 1"}
+    truncating = [arm for arm, row in rows.items() if row[-1]["masked"]]
+    assert set(truncating) <= {f"TCE {t}" for t in (0.7, 0.8, 0.9, 0.95, 0.99)} | {
+        "TCE 0.9 / kept", "random mask 0.9", "random mask 0.7",
+    }  # fmt: skip
+    assert last["focal 2"] != last["cross-entropy"] != last["label smoothing 0.1"]
+    assert all(row[0]["floor"] == rows["cross-entropy"][0]["floor"] for row in rows.values())
+
+
+def test_a_random_mask_drops_as_many_tokens_as_truncation():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(500, 8), 2 * torch.randn(20, 8)
+    hidden.requires_grad_()
+    target = (hidden @ weight.T).argmax(-1)
+    _, truncated = lm.truncated(0.9)(hidden, weight, target)
+    loss, masked = lm.LOSSES["random mask 0.9"](hidden, weight, target)
+    assert 50 < masked.n_kept < 450
+    assert masked.n_kept == truncated.n_kept
+    assert not torch.equal(masked.kept, truncated.kept)
+    expected = torch.where(masked.kept, -masked.log_prob, 0).sum() / 500
+    torch.testing.assert_close(loss, expected)
+
+
+def test_saved_items_come_back(tmp_path):
+    row = performed(tiny_run("cross-entropy", lm.REAL, n_items=11), tmp_path)[-1]
+    assert lm.correct_items(row, "correct", 11).mean() == pytest.approx(row["retention"])
+
+
+def test_text_figures():
+    """Against counts by hand: two kinds of tokens, one of them gone."""
+    real, generated = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1]), torch.zeros(8, dtype=torch.long)
+    found = lm._text_figures(generated, real, 5)
+    p, q = np.array([8.5, 0.5]) / 9, np.array([4.5, 4.5]) / 9
+    assert found["unigram_kl_generated_real"] == pytest.approx((p * np.log(p / q)).sum())
+    assert found["unigram_kl_real_generated"] == pytest.approx((q * np.log(q / p)).sum())
+    assert found["vocabulary_used"] == 1
+    assert found["distinct_pairs"] == pytest.approx(1 / 7)
+    assert found["copied"] == 0.5
