@@ -184,7 +184,6 @@ def advance(run: Run, state: dict, stage: int) -> tuple[dict, dict]:
     figures |= _fit(model, torch.cat(source), run.arm, config, config.epochs, [run.seed, stage], text)
     figures |= _measures(model, config, text)
     figures["floor"] = state["before"]["retention"]
-    figures["floor_correct"] = state["before"]["correct"]
     if scheme != REAL:
         last = rewritten if scheme == SYNTHETIC and stage else rewritten + real[stage : stage + 1]
         decoder = DECODERS[run.config["decoder"]]
@@ -337,7 +336,8 @@ def _digest(config: Config) -> str:
 
 def _generator(*numbers: int) -> torch.Generator:
     """Random numbers that depend on these numbers and nothing else: the arms share them, and resumed runs find them."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+    entropy = [number + 1 for number in numbers]  # a zero at the end would count for nothing
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
 EXPERIMENT = Experiment(begin, advance)
