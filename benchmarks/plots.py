@@ -32,8 +32,8 @@ STYLE = {
 def new_figure(columns: int, height: float) -> tuple[Figure, list]:
     """Panels beside each other, as wide as a README shows a picture."""
     plt.rcParams.update(STYLE)
-    figure, panels = plt.subplots(1, columns, figsize=(11, height), layout="constrained")
-    return figure, list(panels)
+    figure, panels = plt.subplots(1, columns, figsize=(11, height), layout="constrained", squeeze=False)
+    return figure, list(panels[0])
 
 
 def finish(figure: Figure, heading: list[str], path: Path) -> None:

@@ -395,8 +395,10 @@ def test_a_random_mask_drops_as_many_tokens_as_truncation():
 
 
 def test_saved_items_come_back(tmp_path):
-    row = performed(tiny_run("cross-entropy", lm.REAL, n_items=11), tmp_path)[-1]
-    assert lm.correct_items(row, "correct", 11).mean() == pytest.approx(row["retention"])
+    rows = performed(tiny_run("cross-entropy", lm.REAL, n_items=11), tmp_path)
+    bits = lm.retention({"n_items": 11})(rows)
+    assert bits.shape == (2, 11)
+    assert bits.mean(1).tolist() == pytest.approx([row["retention"] for row in rows])
 
 
 def test_text_figures():

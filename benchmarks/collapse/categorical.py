@@ -30,6 +30,7 @@ import string
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,12 +38,13 @@ from tce_kernels import focal_cross_entropy, truncated_cross_entropy
 
 from . import corpus
 from .engine import Experiment, Run
+from .groups import column
 
 ALPHABET = string.ascii_lowercase + " .,"  # and one more, for everything else
 THRESHOLDS = (0.7, 0.8, 0.9, 0.95)
 DECODERS = {"T=1": 1.0, "T=0.7": 0.7}
 EXACT, TRAINED = "exact", "trained"
-ENTROPY_KEPT = 0.5  # of the real text's entropy per character: what counts as failure
+FAILURE = 0.5  # of the real text's entropy per character
 CHAINS, LENGTH = 512, 256  # of the text that a generation is trained on
 
 
@@ -140,6 +142,11 @@ def advance(run: Run, q: Tensor, generation: int) -> tuple[Tensor, dict]:
         model_over_real=(frequency * _divergence(p, real)).sum().item(),
         above_threshold=(p.amax(-1) > 0.9).double().mean().item(),
     )
+
+
+def entropy_kept(rows: list[dict]) -> np.ndarray:
+    """Fidelity: entropy per character, over that of the real text."""
+    return column(rows, "entropy") / column(rows, "real_entropy")
 
 
 def _text(q: Tensor, temperature: float, random: torch.Generator) -> tuple[Tensor, Tensor]:

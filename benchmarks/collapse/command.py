@@ -50,8 +50,7 @@ def main(arguments: list[str]) -> int:
     status = 0
     if args.what != "report":
         status = _run(args, folder, 1 if device.type == "cuda" else args.jobs)
-    summary.report(folder)
-    return status
+    return status or summary.make(folder)
 
 
 def _run(args: argparse.Namespace, folder: Path, jobs: int) -> int:

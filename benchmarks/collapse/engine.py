@@ -139,27 +139,3 @@ def _perform(task: tuple[Experiment, Run, Path]) -> None:
 def _count(ticks, bar: tqdm) -> None:
     while ticks.get():
         bar.update()
-
-
-class Group(NamedTuple):
-    """Finished runs that are compared: of each arm the seeds, and of each seed the figures per generation."""
-
-    setting: str
-    generations: int
-    config: dict[str, Any]
-    where: list[str]  # the lines that say where the first of them was made
-    arms: dict[str, dict[int, list[dict]]]
-
-
-def load(folder: Path, experiment: str) -> list[Group]:
-    groups = {}
-    paths = (folder / experiment).rglob("*.csv")
-    for path in sorted(paths):
-        heading, rows = report.load(path)
-        run = Run(**json.loads(heading[0]))
-        if len(rows) < run.generations:
-            continue
-        key = json.dumps([run.setting, run.generations, run.config])
-        group = groups.setdefault(key, Group(run.setting, run.generations, run.config, heading[1:], {}))
-        group.arms.setdefault(run.arm, {})[run.seed] = rows
-    return list(groups.values())

@@ -19,6 +19,8 @@ import numpy as np
 from scipy.stats import norm
 
 from .engine import Experiment, Run
+from .fidelity import within
+from .groups import column
 
 N = 10_000
 BIAS = 0.9  # lambda
@@ -80,6 +82,11 @@ def variance_factor(gamma: float, bias: float, definition: str) -> float:
     a = norm.isf(gamma / 2)
     b = a / bias if definition == MODEL else a
     return bias**2 * (1 + b * norm.pdf(b) / norm.sf(b))
+
+
+def distance_to_band(rows: list[dict]) -> np.ndarray:
+    """Fidelity: negative where sigma has left the band."""
+    return within(column(rows, "sigma"), *BAND)
 
 
 def _random(run: Run, generation: int) -> np.random.Generator:

@@ -26,6 +26,7 @@ from . import corpus as texts
 from .corpus import Corpus, Items
 from .decoding import DECODERS, rewrite
 from .engine import Experiment, Missing, Run, replace
+from .groups import Values, values_of
 
 SMOOTHING = 0.5  # added to counts, so that no frequency is zero
 Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, LossStats]]  # of hidden states, weight of the head, target
@@ -66,6 +67,7 @@ DATA = {
     REAL: "all splits so far, all as they were: what is lost without any synthetic text",
 }
 CONFIDENT = 0.9
+FAILURE = 1.5  # KL(real || generated) of token frequencies, in nats
 MAIN_DECODER = "T=0.7"
 SYNTHETIC_STAGES = 4  # for one of the others, which have more to train on
 PAPER_STAGES = 6
@@ -268,9 +270,18 @@ def _measures(model: LanguageModel, config: Config, text: Corpus) -> dict:
     )
 
 
-def correct_items(row: dict, column: str, n: int) -> np.ndarray:
-    """The bits (n,) of a saved row."""
-    return np.unpackbits(np.frombuffer(bytes.fromhex(row[column].removeprefix("0x")), np.uint8))[:n]
+def retention(config: dict) -> Values:
+    """Fidelity: of saved figures, which items were right (G, n_items)."""
+
+    def bits(rows: list[dict]) -> np.ndarray:
+        packed = [np.frombuffer(bytes.fromhex(row["correct"].removeprefix("0x")), np.uint8) for row in rows]
+        return np.unpackbits(np.stack(packed), axis=1, count=config["n_items"])
+
+    return bits
+
+
+# Fidelity of the text.
+text_fidelity = values_of("unigram_kl_real_generated", -1)
 
 
 @torch.no_grad()

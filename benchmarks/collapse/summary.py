@@ -1,2 +1,311 @@
-def report(folder):
-    pass
+"""Tables and plots of the finished runs: report.md and one picture or more of each experiment, beside the CSV files."""
+
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .. import report
+from . import categorical, fidelity, figures, gaussian, gmm, groups, lm, published, vae
+from .groups import Group, Values, values_of
+
+REPORT = "report.md"
+
+
+class Section(NamedTuple):
+    title: str
+    tables: list[tuple[str, list[dict]]]  # each with what it shows
+    pictures: list[str]
+
+
+def make(folder: Path) -> int:
+    """Print and save the tables of all finished runs below the folder, and draw them."""
+    sections = [
+        section
+        for name, describe in SECTIONS.items()
+        if (found := groups.load(folder, name))
+        for section in describe(found, folder)
+    ]
+    if not sections:
+        print(f"No finished runs in {folder.relative_to(report.ROOT.parent)}")
+        return 1
+    text = [
+        "# What the runs say",
+        "",
+        "Written by `python -m benchmarks collapse report` from the CSV files beside it.",
+    ]
+    for section in sections:
+        text += ["", f"## {section.title}"]
+        print(f"\n{section.title}")
+        for caption, table in section.tables:
+            text += ["", caption, "", report.as_text(table, markdown=True)]
+            print(f"\n{textwrap.fill(caption, 110)}\n\n{report.as_text(table)}")
+        text += [f"\n![{section.title}]({name})" for name in section.pictures]
+    (folder / REPORT).write_text("\n".join(text) + "\n")
+    print()
+    for name in [REPORT] + [name for section in sections for name in section.pictures]:
+        report.announce(folder / name)
+    return 0
+
+
+def intervals(group: Group, baseline: str, values: Values, level: float) -> list[dict]:
+    """Fidelity interval of each arm and its ratio to the baseline's."""
+    table = []
+    for arm in group.arms:
+        compared = arm != baseline and baseline in group.arms
+        table.append(
+            {
+                "arm": arm,
+                "seeds": len(group.arms[arm]),
+                "generations until failure": fidelity.interval(group.positions(), group.sample(arm, values), level),
+                f"ratio to {baseline}": group.ratio(arm, baseline, values, level) if compared else "1",
+            }
+        )
+    return table
+
+
+def spread(values: np.ndarray, form: str = ".3f") -> str:
+    """Mean and standard deviation over seeds."""
+    return f"{np.mean(values):{form}} ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else f"{values[0]:{form}}"
+
+
+def seeds_in_words(group: Group) -> str:
+    counts = sorted({len(runs) for runs in group.arms.values()})
+    return f"{' to '.join(map(str, counts))} seed{'s' if counts != [1] else ''}"
+
+
+def heading(found: list[Group]) -> list[str]:
+    """What a picture says of its origin."""
+    return sorted({line for group in found for line in group.where})
+
+
+# --- Gaussians
+
+
+def of_gaussian(found: list[Group], folder: Path) -> list[Section]:
+    truncated = [group for group in found if group.setting != gaussian.FIGURE_11]
+    tables = []
+    if truncated:
+        rows = []
+        for label, values in published.FIGURE_2.items():
+            rows.append(_figure_2_row("the paper's Fig. 2", label, [f"{value:.3f}" for value in values]))
+        for group in truncated:
+            for arm in group.arms:
+                cells = [spread(group.at(arm, "sigma", g)) for g in published.FIGURE_2_GENERATIONS]
+                rows.append(_figure_2_row(group.setting, arm, cells))
+        tables.append(
+            (f"Fig. 2: sigma over the generations, mean and deviation of {seeds_in_words(truncated[0])}.", rows)
+        )
+        rows = []
+        for group in truncated:
+            for arm in group.arms:
+                first, last = (np.log(group.at(arm, "sigma", g)) for g in (0, -1))
+                measured = np.exp(2 * (last - first) / (group.generations - 1))
+                gamma, bias = gaussian.GAMMAS[arm], group.config["bias"]
+                predicted = gaussian.variance_factor(gamma, bias, group.setting)
+                rows.append(
+                    {
+                        "dropped below": group.setting,
+                        "arm": arm,
+                        "measured": spread(list(measured), ".4f"),
+                        "lambda^2 eta": f"{predicted:.4f}",
+                        "lambda eta (the paper's)": f"{predicted / bias:.4f}",
+                    }
+                )
+        tables.append(("Factor of the variance in one generation.", rows))
+        for group in truncated:
+            caption = f"Generations until sigma leaves {list(gaussian.BAND)}, dropped below the {group.setting}."
+            tables.append((caption, intervals(group, "all samples", gaussian.distance_to_band, 0)))
+    for group in found:
+        if group.setting == gaussian.FIGURE_11:
+            x = group.positions()
+            chosen = [int(i) for i in np.linspace(0, len(x) - 1, 6)]
+            rows = [
+                {"arm": arm} | {f"generation {x[i]:.0f}": _median(group.at(arm, "sigma", i)) for i in chosen}
+                for arm in group.arms
+            ]
+            caption = f"Fig. 11, nothing dropped: sigma, median and range of {seeds_in_words(group)}."
+            tables.append((caption, rows))
+    figures.gaussian(found, heading(found), folder / "gaussian.png")
+    return [Section("Gaussians", tables, ["gaussian.png"])]
+
+
+def _figure_2_row(setting: str, arm: str, cells: list[str]) -> dict:
+    names = [f"generation {g}" for g in published.FIGURE_2_GENERATIONS]
+    return {"dropped below": setting, "arm": arm} | dict(zip(names, cells, strict=True))
+
+
+def _median(values: np.ndarray) -> str:
+    return f"{np.median(values):.2g} ({min(values):.2g} to {max(values):.2g})"
+
+
+# --- Bigrams
+
+
+def of_categorical(found: list[Group], folder: Path) -> list[Section]:
+    tables = []
+    for group in found:
+        table = intervals(group, "cross-entropy", categorical.entropy_kept, categorical.FAILURE)
+        for row in table:
+            for name, index in (("first", 0), ("last", -1)):
+                share = np.divide(*(group.at(row["arm"], each, index) for each in ("entropy", "real_entropy")))
+                row[f"entropy / real, {name}"] = spread(list(share), ".2f")
+            row["KL(real || model), last"] = spread(group.at(row["arm"], "real_over_model", -1), ".2f")
+        caption = (
+            f"{group.setting}: failure is less than half of the real entropy, over {group.generations} generations."
+        )
+        tables.append((caption, table))
+    figures.categorical(found, heading(found), folder / "categorical.png")
+    return [Section("Bigrams of characters", tables, ["categorical.png"])]
+
+
+# --- Mixtures
+
+
+def of_gmm(found: list[Group], folder: Path) -> list[Section]:
+    tables = []
+    for group in found:
+        for level in (gmm.FAILURE, 1.0):
+            table = intervals(group, "no truncation", values_of("real_over_model", -1), -level)
+            for row in table:
+                row["KL(real || model), last"] = _median(group.at(row["arm"], "real_over_model", -1))
+                row["scale, last"] = _median(group.at(row["arm"], "scale", -1))
+                row["energy distance, last"] = _median(group.at(row["arm"], "energy_distance", -1))
+            caption = (
+                f"Failure is KL(real || model) above {level:g} nats, over {group.generations} generations; "
+                f"the real scale is 1."
+            )
+            tables.append((caption, table))
+    figures.gmm(found, heading(found), folder / "gmm.png")
+    return [Section("Gaussian mixtures", tables, ["gmm.png"])]
+
+
+# --- Images
+
+
+def of_vae(found: list[Group], folder: Path) -> list[Section]:
+    tables = []
+    for group in found:
+        baseline = next(iter(vae.ARMS))
+        level = np.mean([np.median(group.at(baseline, "frechet", index)) for index in (0, -1)])
+        table = intervals(group, baseline, values_of("frechet", -1), -level)
+        for row in table:
+            for name, index in (("first", 0), ("last", -1)):
+                for figure, form in (("frechet", ".2f"), ("class_entropy", ".2f"), ("first_encoder_spread", ".2f")):
+                    row[f"{figure.replace('_', ' ')}, {name}"] = spread(group.at(row["arm"], figure, index), form)
+            row["masked, first"] = f"{np.mean(group.at(row['arm'], 'masked', 0)):.0%}"
+        caption = (
+            f"{group.setting}: failure is a Frechet distance above {level:.2f}, midway between the ELBO's first and "
+            f"last generation, over {group.generations} generations."
+        )
+        tables.append((caption, table))
+    figures.vae(found, heading(found), folder / "vae.png")
+    return [Section("Images", tables, ["vae.png"])]
+
+
+# --- Language models
+
+
+def of_lm(found: list[Group], folder: Path) -> list[Section]:
+    order = [f"{decoder}, {data}" for data in lm.DATA for decoder in lm.DECODERS]
+    found = sorted(found, key=lambda group: order.index(group.setting))
+    found = [group._replace(arms={arm: group.arms[arm] for arm in lm.LOSSES if arm in group.arms}) for group in found]
+    tables = [
+        (
+            f"How long knowledge about split 0 lasts: stages until retention falls below {published.LEVEL:.0f}%, and "
+            "the ratio of that to cross-entropy's, counted in stages and in synthetic splits trained on; the same at "
+            "the midpoint of blind floor and cross-entropy's M0, and 10 points below an arm's own M0; and for the "
+            f"text, until KL(real || generated) exceeds {lm.FAILURE} nats. Median over seeds [95% interval].",
+            [row for group in found for row in _lm_intervals(group)],
+        ),
+        ("From the first stage to the last, means over seeds.", [row for group in found for row in _lm_stages(group)]),
+        ("The paper's own numbers, one seed each, with the same interpolation.", _published()),
+    ]
+    pictures = []
+    for name, draw in {
+        "lm.png": figures.lm,
+        "lm-ratios.png": figures.lm_ratios,
+        "lm-levels.png": figures.lm_levels,
+        "lm-text.png": figures.lm_text,
+    }.items():
+        draw(found, heading(found), folder / name)
+        pictures.append(name)
+    return [Section("Language models", tables, pictures)]
+
+
+def _lm_intervals(group: Group) -> list[dict]:
+    found = []
+    baseline, level = lm.CROSS_ENTROPY, published.LEVEL / 100
+    retention, stages = lm.retention(group.config), group.positions()
+    columns = ["ratio, stages", "ratio, splits", "ratio, midpoint", "ratio, -10 points", "ratio, text"]
+    for arm in group.arms:
+        ours = group.sample(arm, retention)
+        row = {
+            "setting": group.setting,
+            "arm": arm,
+            "seeds": len(group.arms[arm]),
+            "M0": f"{ours.means[0, :, 0].mean():.1%}",
+            "last": f"{ours.means[0, :, -1].mean():.1%}",
+            "stages": fidelity.interval(stages, ours, level),
+        } | dict.fromkeys(columns, "1" if arm == baseline else "n/a")
+        if arm != baseline and baseline in group.arms:
+            ours, theirs = group.sample(arm, retention, baseline), group.sample(baseline, retention, arm)
+            midpoint = (group.at(baseline, "floor", 0).mean() + theirs.means[0, :, 0].mean()) / 2
+            own = [each.means[..., 0] - 0.1 for each in (ours, theirs)]
+            row["ratio, stages"] = fidelity.ratio(stages, ours, theirs, level)
+            row["ratio, midpoint"] = fidelity.ratio(stages, ours, theirs, midpoint)
+            row["ratio, -10 points"] = fidelity.ratio(stages, ours, theirs, *own)
+            if group.positions("synthetic_splits")[-1]:
+                row["ratio, splits"] = group.ratio(arm, baseline, retention, level, "synthetic_splits")
+                row["ratio, text"] = group.ratio(arm, baseline, lm.text_fidelity, -lm.FAILURE)
+        found.append(row)
+    return found
+
+
+def _lm_stages(group: Group) -> list[dict]:
+    columns = {
+        "masked": ("masked", ".0%"),
+        "mean p": ("confidence", ".2f"),
+        "p > 0.9": ("above_threshold", ".0%"),
+        "held-out CE": ("held_out_cross_entropy", ".2f"),
+        "other splits": ("other_retention", ".0%"),
+        "KL(gen || real)": ("unigram_kl_generated_real", ".2f"),
+        "KL(real || gen)": ("unigram_kl_real_generated", ".2f"),
+        "pairs, KL(real || gen)": ("bigram_kl_real_generated", ".2f"),
+        "tokens used": ("vocabulary_used", ".0f"),
+        "distinct pairs": ("distinct_pairs", ".1%"),
+    }
+    table = []
+    for arm in group.arms:
+        row = {"setting": group.setting, "arm": arm}
+        for title, (name, form) in columns.items():
+            known = name in next(iter(group.arms[arm].values()))[0]
+            ends = [f"{np.mean(group.at(arm, name, index)):{form}}" for index in (0, -1)] if known else ["n/a"]
+            row[title] = " → ".join(ends)
+        table.append(row)
+    return table
+
+
+def _published() -> list[dict]:
+    table = []
+    for cell, arms in published.RETENTION.items():
+        for arm, retention in arms.items():
+            row = {"model and text": cell, "arm": arm, "M0": f"{retention[0]:.1f}%", "M5": f"{retention[-1]:.1f}%"}
+            for title, x in (("million tokens", published.MILLION_TOKENS), ("stages", range(6))):
+                ours, theirs = (
+                    fidelity.crossing(x, values, published.LEVEL).position.item()
+                    for values in (retention, arms[lm.CROSS_ENTROPY])
+                )
+                row |= {title: f"{ours:.2f}", f"ratio, {title}": f"{ours / theirs:.2f}"}
+            table.append(row)
+    return table
+
+
+SECTIONS = {
+    "gaussian": of_gaussian,
+    "categorical": of_categorical,
+    "gmm": of_gmm,
+    "vae": of_vae,
+    "lm": of_lm,
+}
