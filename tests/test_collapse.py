@@ -1,6 +1,7 @@
 """The collapse laboratory: crossings and ratios, resumed runs, what the small models compute."""
 
 import importlib.util
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,19 @@ if ABSENT:
     pytest.skip(f"{', '.join(ABSENT)}: only python -m benchmarks needs it", allow_module_level=True)
 
 from benchmarks import report  # noqa: E402
-from benchmarks.collapse import categorical, corpus, decoding, engine, fidelity, gaussian, gmm, lm, published  # noqa: E402
+from benchmarks.collapse import (  # noqa: E402  # noqa: E402
+    categorical,
+    command,
+    corpus,
+    decoding,
+    engine,
+    fidelity,
+    gaussian,
+    gmm,
+    lm,
+    published,
+    vae,
+)
 from benchmarks.transformer import LanguageModel  # noqa: E402
 
 
@@ -411,3 +424,102 @@ def test_text_figures():
     assert found["vocabulary_used"] == 1
     assert found["distinct_pairs"] == pytest.approx(1 / 7)
     assert found["copied"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["gmm", "--arms", "TCE 0.9"], "--arms, --decoders and --data are for lm"),
+        (["lm", "--arms", "TCE 2"], "invalid choice"),
+        (["--seeds", "0"], "must be at least 1, got 0"),
+        (["lm", "--corpus", "no-such-file.txt"], "--corpus must name text files, got no-such-file.txt"),
+        (["--quick", "--full"], "not allowed with"),
+    ],
+)
+def test_refused_command_lines(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path / "benchmarks")
+    return tmp_path / "benchmarks" / "results" / "cpu" / "quick" / "collapse"
+
+
+def test_a_short_corpus_is_refused(results, tmp_path, capsys):
+    path = tmp_path / "short.txt"
+    path.write_text("A few words only. " * 200)
+    assert command.main(["lm", "--corpus", str(path), "--jobs", "1"]) == 1
+    assert "lm: the corpus must have at least" in capsys.readouterr().out
+
+
+def test_nothing_to_report(results, capsys):
+    assert command.main(["report"]) == 1
+    assert "No finished runs" in capsys.readouterr().out
+
+
+def test_the_command_runs_resumes_and_reports(results, capsys):
+    """Two processes; the second call finds everything done, and says the same."""
+    assert command.main(["gaussian", "--seeds", "2", "--jobs", "2"]) == 0
+    first = capsys.readouterr().out
+    files = {path: path.read_bytes() for path in results.rglob("*.csv")}
+    assert len(files) == 24
+    assert "lambda^2 eta" in first
+    assert (results / "gaussian.png").exists() and (results / "report.md").exists()
+    assert command.main(["gaussian", "--seeds", "2", "--jobs", "1"]) == 0
+    assert capsys.readouterr().out == first
+    assert files == {path: path.read_bytes() for path in results.rglob("*.csv")}
+
+
+def test_both_readings_of_truncated_images():
+    logits, x = torch.tensor([[4.0, 0.0], [-4.0, 3.0]]), torch.tensor([[1.0, 1.0], [1.0, 1.0]])
+    per_pixel = torch.nn.functional.softplus(-logits)
+    whole, kept = vae._reconstruction(logits, x, None, 1.0)
+    torch.testing.assert_close(whole, per_pixel.sum(1))
+    assert kept.all()
+    pixels, kept = vae._reconstruction(logits, x, "pixel", 0.9)  # p is 0.98, 0.5, 0.02, 0.95
+    assert kept.tolist() == [[False, True], [True, False]]
+    torch.testing.assert_close(pixels, torch.stack([per_pixel[0, 1], per_pixel[1, 0]]))
+    images, kept = vae._reconstruction(logits, x, "image", 0.5)
+    assert kept.tolist() == [False, True]
+    torch.testing.assert_close(images, torch.stack([torch.tensor(0.0), whole[1]]))
+    grey, kept = vae._reconstruction(torch.tensor([[4.0]]), torch.tensor([[0.5]]), "pixel", 0.9)
+    assert kept.all()  # p = 0.5 for a grey pixel, whatever the model says
+
+
+COMMITTED = report.ROOT / "results" / "cpu" / "collapse"
+
+
+def test_the_committed_report_follows_from_the_committed_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    for path in COMMITTED.rglob("*.csv"):
+        copy = tmp_path / path.relative_to(COMMITTED)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    for name in ("gaussian", "categorical", "gmm", "vae", "lm", "lm_ratios", "lm_levels", "lm_text"):
+        monkeypatch.setattr(summary.figures, name, lambda *arguments: None)  # takes longer than the tables
+    assert summary.make(tmp_path) == 0
+    assert (tmp_path / "report.md").read_text() == (COMMITTED / "report.md").read_text()
+
+
+def test_the_readmes_say_what_the_report_says():
+    """Rows of tables as they stand there, and every figure with decimals in the text of the results."""
+    known = (COMMITTED / "report.md").read_text()
+    rows = {line.replace(" ", "") for line in known.splitlines()}
+    figures = set(re.findall(r"\d+\.\d+", known))
+    for path, heading in (
+        (report.ROOT / "collapse" / "README.md", "## Result"),
+        (report.ROOT.parent / "README.md", "### Collapse"),
+    ):
+        section = re.split(r"\n#+ ", path.read_text().split(f"\n{heading}")[1])[0]
+        table = [line for line in section.splitlines() if line.startswith("|")]
+        assert {line.replace(" ", "") for line in table[2:]} <= rows, path
+        text = "\n".join(line for line in section.splitlines() if not line.startswith("|"))
+        claims = set(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", text)) - SETTINGS
+        assert claims <= figures, path
+
+
+# Thresholds, temperatures, levels and the paper's ratio: no results.
+SETTINGS = {"0.1", "0.5", "0.7", "0.8", "0.83", "0.85", "0.9", "0.95", "0.99", "1.5", "2.3"}

@@ -70,10 +70,11 @@ def resample(values: np.ndarray) -> Sample:
         values = values[..., None]
     n_seeds, _, n_items = values.shape
     random = np.random.default_rng(0)
-    weights = random.multinomial(n_items, np.full(n_items, 1 / n_items), DRAWS)
-    weights = np.concatenate([np.ones((1, n_items)), weights]) / n_items
+    counts = random.multinomial(n_items, np.full(n_items, 1 / n_items), DRAWS)
+    counts = np.concatenate([np.ones((1, n_items)), counts])
     seeds = np.concatenate([np.arange(n_seeds)[None], random.integers(n_seeds, size=(DRAWS, n_seeds))])
-    return Sample(np.moveaxis(values @ weights.T, -1, 0), seeds)
+    # Divided last: 450 of 600 right items are then exactly 0.75, and not below it.
+    return Sample(np.moveaxis(values @ counts.T, -1, 0) / n_items, seeds)
 
 
 def mean_curve(sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

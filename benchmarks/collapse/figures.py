@@ -152,7 +152,7 @@ def lm_ratios(groups: list[Group], heading: list[str], path: Path) -> None:
         panel.set_ylim(len(pairs) - 0.5, -0.5)
         panel.axvline(1, color="0.4", linewidth=1)
         panel.axvline(CLAIM, color="0.4", linewidth=1, linestyle=":")
-        panel.set_xlabel("fidelity interval / cross-entropy's, in stages (dotted: the paper's 2.3)")
+        panel.set_xlabel("fidelity interval / cross-entropy's, in stages\n(dotted: the paper's 2.3; arrows: at least)")
     panels[1].set_yticklabels([])
     panels[0].set_title(f"knowledge: retention above {published.LEVEL:.0f}%")
     panels[1].set_title(f"text: KL(real || generated) below {language.FAILURE} nats")

@@ -165,39 +165,34 @@ def advance(run: Run, state: dict, stage: int) -> tuple[dict, dict]:
     text = _corpus(config)
     model = _model(config, run.seed)
     model.load_state_dict(state["weights"])
-    device = _device(model)
+    scheme, device = run.config["data"], _device(model)
     real = list(text.splits.to(device))
     rewritten = [split.to(device) for split in state["rewritten"]]
-    scheme = run.config["data"]
-    older = 1 if scheme == SYNTHETIC and stage else min(stage, len(real))
-    if scheme != REAL and len(rewritten) != older:
-        raise Missing(f"stage {stage} must have {older} rewritten splits, the saved state has {len(rewritten)}")
-    source = {
-        PAPER: rewritten + real[stage : stage + 1],
-        ACCUMULATE: rewritten + real[: stage + 1],
-        SYNTHETIC: rewritten or real[:1],
-        REAL: real[: stage + 1],
-    }[scheme]
+    missing = {SYNTHETIC: min(stage, 1), REAL: 0}.get(scheme, stage) - len(rewritten)
+    if missing:
+        raise Missing(f"stage {stage} lacks {missing} rewritten splits in the saved state: delete it to start again")
+
+    newest = real[stage : stage + 1]
+    latest = {SYNTHETIC: rewritten or real[:1], REAL: []}.get(scheme, rewritten + newest)  # versions to train on
+    originals = {ACCUMULATE: real[:stage], REAL: real[:stage] + newest}.get(scheme, [])  # beside them
     figures = dict(
         position=stage,
         # Cumulated, as the paper counts: an older split is trained on anew at every stage.
-        synthetic_splits=stage if scheme == SYNTHETIC else 0 if scheme == REAL else stage * (stage + 1) // 2,
+        synthetic_splits={SYNTHETIC: stage, REAL: 0}.get(scheme, stage * (stage + 1) // 2),
+        floor=state["before"]["retention"],
     )
-    figures |= _fit(model, torch.cat(source), run.arm, config, config.epochs, [run.seed, stage], text)
+    tokens = torch.cat(latest[:-1] + originals + latest[-1:])
+    figures |= _fit(model, tokens, run.arm, config, config.epochs, [run.seed, stage], text)
     figures |= _measures(model, config, text)
-    figures["floor"] = state["before"]["retention"]
-    if scheme != REAL:
-        last = rewritten if scheme == SYNTHETIC and stage else rewritten + real[stage : stage + 1]
+
+    rewritten = []
+    for k, split in enumerate(latest):
+        noise = torch.rand(len(split) // config.block, config.block, generator=_generator(run.seed, stage, k))
         decoder = DECODERS[run.config["decoder"]]
-        rewritten = []
-        for k, split in enumerate(last):
-            noise = torch.rand(len(split) // config.block, config.block, generator=_generator(run.seed, stage, k)).to(
-                device
-            )
-            rewritten.append(rewrite(model, split, decoder, config.prompt, config.block, noise))
+        rewritten.append(rewrite(model, split, decoder, config.prompt, config.block, noise.to(device)))
+    if rewritten:
         figures |= _text_figures(rewritten[0].cpu(), text.splits[0], config.vocabulary)
-    state = state | dict(weights=model.state_dict(), rewritten=rewritten)
-    return state, figures
+    return state | dict(weights=model.state_dict(), rewritten=rewritten), figures
 
 
 def _text_figures(generated: Tensor, real: Tensor, V: int) -> dict:
@@ -213,7 +208,7 @@ def _text_figures(generated: Tensor, real: Tensor, V: int) -> dict:
             torch.bincount(part, minlength=len(support)).double().add(SMOOTHING)
             for part in index.split([len(code) for code in counts])
         )
-        # Pairs and tokens that neither text has would add the same to both directions: nothing.
+        # What neither text has is as frequent in both, and adds nothing.
         p, q = p / p.sum(), q / q.sum()
         figures[f"{name}_kl_generated_real"] = (p * (p / q).log()).sum().item()
         figures[f"{name}_kl_real_generated"] = (q * (q / p).log()).sum().item()
