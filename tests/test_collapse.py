@@ -10,10 +10,10 @@ import torch
 NEEDED = ("matplotlib", "scipy", "sklearn", "tabulate", "tokenizers", "tqdm")
 ABSENT = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 if ABSENT:
-    pytest.skip(f"{', '.join(ABSENT)}: only python -m benchmarks needs it", allow_module_level=True)
+    pytest.skip(f"{', '.join(ABSENT)} not installed, which the collapse laboratory needs", allow_module_level=True)
 
-from benchmarks import report  # noqa: E402
-from benchmarks.collapse import (  # noqa: E402  # noqa: E402
+from benchmarks import report
+from benchmarks.collapse import (
     categorical,
     command,
     corpus,
@@ -24,9 +24,10 @@ from benchmarks.collapse import (  # noqa: E402  # noqa: E402
     gmm,
     lm,
     published,
+    summary,
     vae,
 )
-from benchmarks.transformer import LanguageModel  # noqa: E402
+from benchmarks.transformer import LanguageModel
 
 
 def test_the_papers_table_gives_the_papers_intervals():
