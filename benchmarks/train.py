@@ -22,7 +22,7 @@ from tqdm import tqdm
 from tce_kernels import LossStats, linear_focal_cross_entropy, linear_truncated_cross_entropy
 
 from . import plots, report
-from .transformer import LanguageModel
+from .transformer import LanguageModel, windows
 
 THRESHOLD = 0.9
 LOG_THRESHOLD = math.log(THRESHOLD)
@@ -66,12 +66,6 @@ def paragraphs(text: str) -> list[str]:
     return [p for p in re.split(r"\n\s*\n", text) if p.strip()]
 
 
-def windows(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (n, CONTEXT) that cover the tokens once; the last few are left out."""
-    n = (len(tokens) - 1) // CONTEXT
-    return tokens[: n * CONTEXT].view(n, CONTEXT), tokens[1 : n * CONTEXT + 1].view(n, CONTEXT)
-
-
 def train(name: str, tokens: Tensor, steps: int, seed: int) -> Training:
     """Same seed: same initial weights and same batches, whatever the loss."""
     torch.manual_seed(seed)
@@ -101,7 +95,7 @@ def train(name: str, tokens: Tensor, steps: int, seed: int) -> Training:
 @torch.no_grad()
 def evaluate(model: nn.Module, tokens: Tensor) -> LossStats:
     """Statistics of all held-out tokens under the truncated loss."""
-    inputs, target = windows(tokens)
+    inputs, target = windows(tokens, CONTEXT)
     hidden = torch.cat([model(batch) for batch in inputs.split(BATCH)])
     return linear_truncated_cross_entropy(hidden, model.head.weight, target, THRESHOLD, return_stats=True)[1]
 

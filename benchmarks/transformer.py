@@ -1,4 +1,4 @@
-"""The small causal language model of the benchmarks, with a cache of keys and values for generating text."""
+"""The small causal language model of the benchmarks: what it is trained on, and a cache for generating text."""
 
 import torch
 import torch.nn.functional as F
@@ -48,3 +48,9 @@ class LanguageModel(nn.Module):
             x, cache = block(x, cache)
             extended.append(cache)
         return self.norm(x), extended
+
+
+def windows(tokens: Tensor, context: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (n, context) that cover the tokens once; the last few are left out."""
+    n = (len(tokens) - 1) // context
+    return tokens[: n * context].view(n, context), tokens[1 : n * context + 1].view(n, context)

@@ -21,7 +21,7 @@ from torch import Tensor
 from tce_kernels import LossStats, linear_focal_cross_entropy, linear_truncated_cross_entropy
 
 from .. import report
-from ..transformer import LanguageModel
+from ..transformer import LanguageModel, windows
 from . import corpus as texts
 from .corpus import Corpus, Items
 from .decoding import DECODERS, rewrite
@@ -225,7 +225,7 @@ def _fit(
 ) -> dict:
     """Train on tokens (n,), in blocks of a context; what the statistics of the last epoch say."""
     optimizer = torch.optim.Adam(model.parameters(), config.learning_rate, fused=True)
-    inputs, targets = _blocks(tokens, config.context)
+    inputs, targets = windows(tokens, config.context)
     order = _generator(*seed)
     torch.manual_seed(order.initial_seed())
     loss_function = LOSSES[arm]
@@ -299,15 +299,9 @@ def _correct(model: LanguageModel, items: Items) -> np.ndarray:
 
 @torch.no_grad()
 def _cross_entropy(model: LanguageModel, tokens: Tensor, context: int) -> float:
-    inputs, targets = _blocks(tokens.to(_device(model)), context)
+    inputs, targets = windows(tokens.to(_device(model)), context)
     hidden = torch.cat([model(some) for some in inputs.split(64)])
     return linear_truncated_cross_entropy(hidden, model.head.weight, targets, 1.0).item()
-
-
-def _blocks(tokens: Tensor, context: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (n, context) that cover the tokens once; the last few are left out."""
-    n = (len(tokens) - 1) // context
-    return tokens[: n * context].view(n, context), tokens[1 : n * context + 1].view(n, context)
 
 
 def _config(run: Run) -> Config:
