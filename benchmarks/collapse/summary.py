@@ -218,8 +218,9 @@ def of_lm(found: list[Group], folder: Path) -> list[Section]:
             [row for group in found for row in _lm_intervals(group)],
         ),
         (
-            "The ratio of knowledge, counted otherwise: in synthetic splits trained on; at the midpoint of blind floor "
-            "and cross-entropy's M0; 10 points below an arm's own M0.",
+            "The same ratios, counted otherwise. Knowledge: in synthetic splits trained on; at the midpoint of blind "
+            "floor and cross-entropy's M0; 10 points below an arm's own M0. Text: at the midpoint of cross-entropy's "
+            "first and last stage.",
             [row for group in found for row in _lm_other_ratios(group)],
         ),
         ("From the first stage to the last, means over seeds.", [row for group in found for row in _lm_stages(group)]),
@@ -272,16 +273,20 @@ def _lm_other_ratios(group: Group) -> list[dict]:
         ours, theirs = group.sample(arm, retention, baseline), group.sample(baseline, retention, arm)
         midpoint = (group.at(baseline, "floor", 0).mean() + theirs.means[0, :, 0].mean()) / 2
         own = [each.means[..., 0] - 0.1 for each in (ours, theirs)]
+        row = {
+            "setting": group.setting,
+            "arm": arm,
+            "knowledge, splits": "n/a",
+            "knowledge, midpoint": fidelity.ratio(stages, ours, theirs, midpoint),
+            "knowledge, own M0": fidelity.ratio(stages, ours, theirs, *own),
+            "text, midpoint": "n/a",
+        }
         splits = group.positions("synthetic_splits")
-        table.append(
-            {
-                "setting": group.setting,
-                "arm": arm,
-                "synthetic splits": fidelity.ratio(splits, ours, theirs, level) if splits[-1] else "n/a",
-                "midpoint": fidelity.ratio(stages, ours, theirs, midpoint),
-                "10 points below M0": fidelity.ratio(stages, ours, theirs, *own),
-            }
-        )
+        if splits[-1]:
+            row["knowledge, splits"] = fidelity.ratio(splits, ours, theirs, level)
+            texts = group.sample(baseline, lm.text_fidelity).means[0].mean(0)
+            row["text, midpoint"] = group.ratio(arm, baseline, lm.text_fidelity, (texts[0] + texts[-1]) / 2)
+        table.append(row)
     return table
 
 
