@@ -42,10 +42,10 @@ def test_the_papers_table_gives_the_papers_intervals():
 
 
 def test_crossings():
-    curves = [[1, 0.5, 0], [1, 1, 1], [0.2, 1, 1], [1, 0.5, 0.9], [1, 0.75, 0.5]]
+    curves = [[1, 0.5, 0], [1, 1, 1], [0.2, 1, 1], [1, 0.5, 0.9], [1, 0.75, 0.5], [1, 0.75, 1]]
     position, censored = fidelity.crossing([0, 1, 3], curves, 0.75)
-    assert position.tolist() == [0.5, 3, 0, 0.5, 1]
-    assert censored.tolist() == [False, True, False, False, False]
+    assert position.tolist() == [0.5, 3, 0, 0.5, 1, 3]
+    assert censored.tolist() == [False, True, False, False, False, True]
 
 
 def falling(slope):
@@ -102,22 +102,23 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.parametrize("last", [4, 5])
 @pytest.mark.parametrize("moment", ["in a generation", "before the state is saved", "before the figures are saved"])
-def test_a_killed_run_goes_on_and_ends_the_same(moment, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_and_ends_the_same(moment, last, tmp_path, monkeypatch):
     run = engine.Run("walk", "a setting", "an arm", 3, 6, {})
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     engine.perform(random_walk(), run, whole)
     begin, advance = random_walk()
-    calls = []
+    begun = []
 
-    def killed(run, state, generation):
-        calls.append(generation)
-        if moment == "in a generation" and generation == 4:
+    def recorded(run, state, generation):
+        begun.append(generation)
+        if moment == "in a generation" and begun == list(range(last + 1)):
             raise Killed
         return advance(run, state, generation)
 
     def killed_replace(path, write):
-        if len(calls) == 5 and (path.suffix == ".pt") == (moment == "before the state is saved"):
+        if begun[-1] == last and (path.suffix == ".pt") == (moment == "before the state is saved"):
             raise Killed
         original(path, write)
 
@@ -126,12 +127,12 @@ def test_a_killed_run_goes_on_and_ends_the_same(moment, tmp_path, monkeypatch):
         if moment != "in a generation":
             patched.setattr(engine, "replace", killed_replace)
         with pytest.raises(Killed):
-            engine.perform(engine.Experiment(begin, killed), run, resumed)
-    calls.clear()
-    engine.perform(engine.Experiment(begin, killed if moment != "in a generation" else advance), run, resumed)
+            engine.perform(engine.Experiment(begin, recorded), run, resumed)
+    begun.clear()
+    engine.perform(engine.Experiment(begin, recorded), run, resumed)
     assert run.path(resumed).read_text() == run.path(whole).read_text()
-    if moment == "before the figures are saved":
-        assert calls == [5]  # the state of generation 4 was there
+    saved = moment == "before the figures are saved"  # the state, and with it the figures
+    assert begun == list(range(last + saved, 6))
     assert not list(engine.scratch(resumed).rglob("*.pt*"))
     engine.perform(engine.Experiment(None, None), run, resumed)  # nothing is left to do
 
@@ -413,6 +414,25 @@ def test_saved_items_come_back(tmp_path):
     bits = lm.retention({"n_items": 11})(rows)
     assert bits.shape == (2, 11)
     assert bits.mean(1).tolist() == pytest.approx([row["retention"] for row in rows])
+
+
+def test_a_model_that_knows_the_text_has_the_items_right():
+    """And one that knows the false words has none, whatever the lengths; scores are of the words asked for alone."""
+    text = corpus.read((), corpus.identity(())["sha256"])
+    items = corpus.split(text, 300, 2, 1024, 10, 5, 20, 48).items
+    torch.manual_seed(0)
+    model = LanguageModel(300, 48, D=64, n_blocks=1, n_heads=2)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    known = items.tokens[:, 0]
+    for _ in range(80):
+        logits = model.head(model(known[:, :-1]))
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), known[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert lm._correct(model, items).all()
+    swapped = items._replace(tokens=items.tokens.flip(1), ends=items.ends.flip(1))
+    assert not lm._correct(model, swapped).any()
 
 
 def test_text_figures():
