@@ -39,7 +39,9 @@ def curves(panel, group: Group, values: Values, arms: list[str], scale: float = 
 
 
 def all_arms(groups: list[Group]) -> list[str]:
-    return list(dict.fromkeys(arm for group in groups for arm in group.arms))
+    """Of all groups, those of language models in the order of their losses."""
+    arms = list(dict.fromkeys(arm for group in groups for arm in group.arms))
+    return sorted(arms, key=list(language.LOSSES).index) if set(arms) <= set(language.LOSSES) else arms
 
 
 def finish(figure, panels: list, heading: list[str], path: Path) -> None:
@@ -176,7 +178,7 @@ def lm_levels(groups: list[Group], heading: list[str], path: Path) -> None:
         knowledge.set(title=f"{group.setting}:\nknowledge", xlabel="failure: retention below (%)")
         _over_levels(text, group, arms, language.text_fidelity, -DIVERGENCES, -1)
         text.axvline(language.FAILURE, color="0.6", linewidth=1)
-        text.set(title=f"{group.setting}:\ntext", xlabel="failure: KL(real || generated) above")
+        text.set(title=f"{group.setting}:\ntext", xlabel="failure: KL above (nats)")
     panels[0].set_ylabel("fidelity interval / cross-entropy's, in stages\n(dotted: a lower bound)")
     finish(figure, panels, heading, path)
 
