@@ -1,5 +1,6 @@
 """The pictures of the report: fidelity over generations, with intervals, of every arm."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from . import fidelity, published
 from . import gaussian as gaussians
 from . import gmm as mixtures
 from . import lm as language
-from .groups import Group, Values, values_of
+from .groups import Group, Values, column, values_of
 
 CLAIM = 2.3  # the paper's ratio
 # Levels that count as failure: of retention, and of KL(real || generated) in nats.
@@ -27,15 +28,20 @@ def line(arms: list[str], arm: str) -> dict:
     return dict(color=plots.COLOURS[others.index(arm)], linewidth=1.6, linestyle="--" if control else "-", label=arm)
 
 
-def curves(panel, group: Group, values: Values, arms: list[str], scale: float = 1) -> None:
-    """Mean over seeds and its interval, of each arm."""
+def curves(panel, group: Group, values: Values, arms: list[str], shown: Callable = lambda mean: mean) -> None:
+    """Mean over seeds and its interval, of each arm, as `shown` makes them."""
     x = group.positions()
     for arm in group.arms:
         style = line(arms, arm)
         mean, low, high = fidelity.mean_curve(group.sample(arm, values))
-        panel.plot(x, scale * mean, **style)
-        panel.fill_between(x, scale * low, scale * high, color=style["color"], alpha=0.15, linewidth=0)
+        panel.plot(x, shown(mean), **style)
+        panel.fill_between(x, shown(low), shown(high), color=style["color"], alpha=0.15, linewidth=0)
     panel.set_xlim(x[0], x[-1])
+
+
+def logarithm(name: str, least: float = 0) -> Values:
+    """Its mean is a geometric one: what one seed in twenty does is not to hide the others."""
+    return lambda rows: np.log(column(rows, name).clip(least))
 
 
 def all_arms(groups: list[Group]) -> list[str]:
@@ -58,7 +64,7 @@ def gaussian(groups: list[Group], heading: list[str], path: Path) -> None:
     figure, panels = plots.new_figure(len(groups), 4.6)
     arms = all_arms(groups)
     for panel, group in zip(panels, groups, strict=True):
-        curves(panel, group, values_of("sigma"), arms)
+        curves(panel, group, logarithm("sigma"), arms, np.exp)
         panel.set(yscale="log", xlabel="generation")
         if group.setting == gaussians.FIGURE_11:
             panel.set_title("Fig. 11: nothing dropped")
@@ -67,7 +73,7 @@ def gaussian(groups: list[Group], heading: list[str], path: Path) -> None:
         for values in published.FIGURE_2.values():
             panel.plot(published.FIGURE_2_GENERATIONS, values, "o", color="0.1", markersize=4, fillstyle="none",
                        label="the paper's Fig. 2")  # fmt: skip
-    panels[0].set_ylabel("standard deviation $\\sigma$, mean of the seeds")
+    panels[0].set_ylabel("standard deviation $\\sigma$, geometric mean of the seeds")
     finish(figure, panels, heading, path)
 
 
@@ -86,8 +92,8 @@ def gmm(groups: list[Group], heading: list[str], path: Path) -> None:
     figure, (divergence, scale) = plots.new_figure(2, 4.6)
     arms = all_arms(groups)
     for group in groups[:1]:
-        curves(divergence, group, values_of("real_over_model"), arms)
-        curves(scale, group, values_of("scale"), arms)
+        curves(divergence, group, logarithm("real_over_model", 1e-3), arms, np.exp)
+        curves(scale, group, logarithm("scale"), arms, np.exp)
     divergence.axhline(mixtures.FAILURE, color="0.6", linewidth=1)
     divergence.set(yscale="log", ylim=(0.01, None), xlabel="generation", title="KL(real || model), nats")
     scale.axhline(1, color="0.6", linewidth=1)
@@ -122,7 +128,7 @@ def lm(groups: list[Group], heading: list[str], path: Path) -> None:
     figure, panels = plots.new_figure(len(shown), 5)
     arms = all_arms(groups)
     for panel, group in zip(panels, shown, strict=True):
-        curves(panel, group, language.retention(group.config), arms, 100)
+        curves(panel, group, language.retention(group.config), arms, lambda mean: 100 * mean)
         panel.axhline(published.LEVEL, color="0.6", linewidth=1)
         floor = np.mean([rows[0]["floor"] for runs in group.arms.values() for rows in runs.values()])
         panel.axhline(100 * floor, color="0.6", linewidth=1, linestyle=":")

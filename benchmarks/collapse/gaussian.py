@@ -27,6 +27,7 @@ BIAS = 0.9  # lambda
 GAMMAS = {"all samples": 1.0, "gamma 0.85": 0.85, "gamma 0.83": 0.83, "gamma 0.80": 0.80}
 MODEL, SAMPLES = "model's quantile", "samples' quantile"
 FIGURE_11 = "no truncation"
+SETTINGS = [MODEL, SAMPLES, FIGURE_11]
 BAND = (0.5, 2.0)  # of sigma, 1 at first
 EVERY = 20  # generations of Fig. 11 in one row
 

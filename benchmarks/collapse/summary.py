@@ -84,6 +84,7 @@ def heading(found: list[Group]) -> list[str]:
 
 
 def of_gaussian(found: list[Group], folder: Path) -> list[Section]:
+    found = sorted(found, key=lambda group: gaussian.SETTINGS.index(group.setting))
     truncated = [group for group in found if group.setting != gaussian.FIGURE_11]
     tables = []
     if truncated:
