@@ -45,9 +45,9 @@ def logarithm(name: str, least: float = 0) -> Values:
 
 
 def all_arms(groups: list[Group]) -> list[str]:
-    """Of all groups, those of language models in the order of their losses."""
+    """Of all groups, in an order that fits each of them."""
     arms = list(dict.fromkeys(arm for group in groups for arm in group.arms))
-    return sorted(arms, key=list(language.LOSSES).index) if set(arms) <= set(language.LOSSES) else arms
+    return [arm for arm in language.LOSSES if arm in arms] or arms
 
 
 def finish(figure, panels: list, heading: list[str], path: Path) -> None:

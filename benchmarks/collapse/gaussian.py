@@ -25,6 +25,12 @@ from .groups import column
 N = 10_000
 BIAS = 0.9  # lambda
 GAMMAS = {"all samples": 1.0, "gamma 0.85": 0.85, "gamma 0.83": 0.83, "gamma 0.80": 0.80}
+FIGURE_11_ARMS = {
+    f"{noisy}, {fresh}": dict(bootstrap=bootstrap, noise=noise)
+    for fresh, bootstrap in (("bootstrap", True), ("fresh samples", False))
+    for noisy, noise in (("exact", 0.0), ("noisy", 0.1))
+}
+ARMS = [*GAMMAS, *FIGURE_11_ARMS]
 MODEL, SAMPLES = "model's quantile", "samples' quantile"
 FIGURE_11 = "no truncation"
 SETTINGS = [MODEL, SAMPLES, FIGURE_11]
@@ -40,11 +46,9 @@ def runs(quick: bool, seeds: int) -> list[Run]:
             for arm, gamma in GAMMAS.items():
                 config = dict(n=N, bias=BIAS)
                 found.append(Run("gaussian", definition, arm, seed, 50, config, dict(gamma=gamma)))
-        for bootstrap in (True, False):
-            for noise in (0.0, 0.1):
-                arm = f"{'noisy' if noise else 'exact'}, {'bootstrap' if bootstrap else 'fresh samples'}"
-                config, options = dict(n=N, every=EVERY), dict(bootstrap=bootstrap, noise=noise)
-                found.append(Run("gaussian", FIGURE_11, arm, seed, 1 + long // EVERY, config, options))
+        for arm, options in FIGURE_11_ARMS.items():
+            config = dict(n=N, every=EVERY)
+            found.append(Run("gaussian", FIGURE_11, arm, seed, 1 + long // EVERY, config, options))
     return found
 
 

@@ -21,15 +21,15 @@ from sklearn.mixture import GaussianMixture
 from .engine import Experiment, Run
 
 N = 1000
-ARMS = {"no truncation": None, "gamma 0.8": 0.8, "gamma 0.95": 0.95, "gamma 0.99": 0.99}
 BALANCED, DENSITY = "balanced", "density below 0.8"
+ARMS = {"no truncation": None, "gamma 0.8": 0.8, "gamma 0.95": 0.95, "gamma 0.99": 0.99, BALANCED: None, DENSITY: None}
 CALIBRATION = 10  # generations, and as many mixtures, whose shrinking the balanced gamma undoes
 FAILURE = 0.1  # KL(real || model) in nats: two-sided, it grows when the model contracts and when it explodes
 REAL_POINTS = 5000
 
 
 def runs(quick: bool, seeds: int) -> list[Run]:
-    arms = ARMS | {BALANCED: balanced_gamma(), DENSITY: None}
+    arms = ARMS | {BALANCED: balanced_gamma()}
     config = dict(n=N)
     return [
         Run("gmm", "percentile", arm, seed, 60 if quick else 200, config, dict(gamma=gamma))

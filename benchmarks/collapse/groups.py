@@ -43,7 +43,8 @@ class Group(NamedTuple):
         return fidelity.ratio(self.positions(positions), ours, theirs, level)
 
 
-def load(folder: Path, experiment: str) -> list[Group]:
+def load(folder: Path, experiment: str, arms: list[str]) -> list[Group]:
+    """All groups of an experiment, their arms in the order of `arms`."""
     groups = {}
     for path in sorted((folder / experiment).rglob("*.csv")):
         heading, rows = report.load(path)
@@ -53,7 +54,10 @@ def load(folder: Path, experiment: str) -> list[Group]:
         key = json.dumps([run.setting, run.generations, run.config])
         group = groups.setdefault(key, Group(run.setting, run.generations, run.config, heading[1:], {}))
         group.arms.setdefault(run.arm, {})[run.seed] = rows
-    return list(groups.values())
+    return [
+        group._replace(arms={arm: group.arms[arm] for arm in sorted(group.arms, key=arms.index)})
+        for group in groups.values()
+    ]
 
 
 def column(rows: list[dict], name: str) -> np.ndarray:
