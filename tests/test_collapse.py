@@ -77,6 +77,13 @@ def test_censored_runs():
     assert np.isnan(fidelity.ratio(positions, fast, slow, 0.75).median)
 
 
+def test_seeds_that_start_below_the_level_have_no_ratio():
+    """One of two: the other one is the median, and draws of the first alone do not count."""
+    curves = np.array([[0.9, 0.7, 0.5], [0.7, 0.6, 0.5]])
+    found = fidelity.ratio([0, 1, 2], fidelity.resample(curves + 0.1), fidelity.resample(curves), 0.75)
+    assert tuple(found) == (pytest.approx(1.25 / 0.75),) * 3 + (False,)
+
+
 def test_the_band_has_two_sides():
     assert (fidelity.within(np.array([0.4, 0.6, 1, 1.9, 2.1]), 0.5, 2) >= 0).tolist() == [
         False,

@@ -112,5 +112,7 @@ def _mostly(censored: np.ndarray) -> bool:
 
 
 def _estimate(values: np.ndarray, seeds: np.ndarray, at_least: bool) -> Estimate:
-    medians = np.nanmedian(np.take_along_axis(values, seeds, 1), 1)
-    return Estimate(float(medians[0]), *np.nanquantile(medians[1:], [0.025, 0.975]).tolist(), at_least)
+    """NaN are seeds without a value: they count for nothing, nor do draws of such seeds alone."""
+    drawn = np.take_along_axis(values, seeds, 1)
+    medians = np.nanmedian(drawn[~np.isnan(drawn).all(1)], 1)
+    return Estimate(float(np.nanmedian(values[0])), *np.quantile(medians, [0.025, 0.975]).tolist(), at_least)

@@ -95,7 +95,8 @@ class Config(NamedTuple):
 
 
 FULL = Config()
-QUICK = Config(vocabulary=512, D=64, n_blocks=2, epochs=4, n_splits=4, split_tokens=4096, n_items=150, n_other_items=5)
+QUICK = Config(vocabulary=512, D=64, n_blocks=2, n_splits=4, n_items=150, n_other_items=5)
+PYDOC_ITEMS = 200  # about as many as a split of Python's documentation has
 
 
 def planned(
@@ -107,6 +108,8 @@ def planned(
     data: list[str] | None,
 ) -> list[Run]:
     config = (QUICK if quick else FULL)._replace(**texts.identity(corpus))
+    if not corpus:
+        config = config._replace(n_items=min(config.n_items, PYDOC_ITEMS))
     if arms or decoders or data:
         default = [CROSS_ENTROPY, "TCE 0.9"]
         return runs(config, arms or default, decoders or [MAIN_DECODER], data or [PAPER], seeds or (1 if quick else 5))
