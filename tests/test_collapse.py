@@ -520,7 +520,12 @@ def test_both_readings_of_truncated_images():
 COMMITTED = report.ROOT / "results" / "cpu" / "collapse"
 
 
-def test_the_committed_report_follows_from_the_committed_figures(tmp_path, monkeypatch, capsys):
+def without_intervals(text):
+    """Nor the widths of columns. Bootstrap intervals follow numpy's random numbers, which may change with it."""
+    return re.sub(r" |-+\||\[[\d., -]*\]", "", text)
+
+
+def test_the_committed_report_follows_from_the_committed_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "ROOT", tmp_path)
     for path in COMMITTED.rglob("*.csv"):
         copy = tmp_path / path.relative_to(COMMITTED)
@@ -529,25 +534,35 @@ def test_the_committed_report_follows_from_the_committed_figures(tmp_path, monke
     for name in ("gaussian", "categorical", "gmm", "vae", "lm", "lm_ratios", "lm_levels", "lm_text"):
         monkeypatch.setattr(summary.figures, name, lambda *arguments: None)  # takes longer than the tables
     assert summary.make(tmp_path) == 0
-    assert (tmp_path / "report.md").read_text() == (COMMITTED / "report.md").read_text()
+    assert without_intervals((tmp_path / "report.md").read_text()) == without_intervals(
+        (COMMITTED / "report.md").read_text()
+    )
+
+
+def sections(path, *headings):
+    found = [part for part in re.split(r"\n#+ ", path.read_text()) if part.splitlines()[0] in headings]
+    assert len(found) == len(headings)
+    return "\n".join(found)
+
+
+# Thresholds, temperatures, levels, numbers of the paper's text and of the model: no results.
+SETTINGS = set("0.1 0.4 0.5 0.7 0.8 0.80 0.83 0.85 0.9 0.95 0.99 1.5 2.3".split())
 
 
 def test_the_readmes_say_what_the_report_says():
-    """Rows of tables as they stand there, and every figure with decimals in the text of the results."""
+    """Rows of tables as they stand there, and every figure with decimals outside them."""
     known = (COMMITTED / "report.md").read_text()
     rows = {line.replace(" ", "") for line in known.splitlines()}
     figures = set(re.findall(r"\d+\.\d+", known))
-    for path, heading in (
-        (report.ROOT / "collapse" / "README.md", "## Result"),
-        (report.ROOT.parent / "README.md", "### Collapse"),
+    results = "Result", "What it supports, and what not", "What to do with it", "The other experiments"
+    for text in (
+        sections(report.ROOT / "collapse" / "README.md", *results),
+        sections(report.ROOT.parent / "README.md", "Collapse"),
     ):
-        section = re.split(r"\n#+ ", path.read_text().split(f"\n{heading}")[1])[0]
-        table = [line for line in section.splitlines() if line.startswith("|")]
-        assert {line.replace(" ", "") for line in table[2:]} <= rows, path
-        text = "\n".join(line for line in section.splitlines() if not line.startswith("|"))
-        claims = set(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", text)) - SETTINGS
-        assert claims <= figures, path
-
-
-# Thresholds, temperatures, levels and the paper's ratio: no results.
-SETTINGS = {"0.1", "0.5", "0.7", "0.8", "0.83", "0.85", "0.9", "0.95", "0.99", "1.5", "2.3"}
+        lines = text.splitlines()
+        table = [line for line in lines if line.startswith("|")]
+        assert {line.replace(" ", "") for line in table if not line.startswith("|--")} <= rows
+        prose = "\n".join(line for line in lines if not line.startswith("|"))
+        claims = set(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", prose)) - SETTINGS
+        assert len(claims) > 3
+        assert claims <= figures, claims - figures
