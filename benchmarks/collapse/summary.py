@@ -302,6 +302,7 @@ def _lm_stages(group: Group) -> list[dict]:
         "pairs, KL(real || gen)": ("bigram_kl_real_generated", ".2f"),
         "tokens used": ("vocabulary_used", ".0f"),
         "distinct pairs": ("distinct_pairs", ".1%"),
+        "copied": ("copied", ".1%"),
     }
     table = []
     for arm in group.arms:
