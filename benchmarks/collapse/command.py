@@ -26,7 +26,9 @@ def main(arguments: list[str]) -> int:
         "what", nargs="?", choices=[*EXPERIMENTS, "report"], help="one experiment, or tables and plots of what is there"
     )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="small and few runs, 4 minutes in all (the default)")
+    size.add_argument(
+        "--quick", action="store_true", help="small and few runs, less than 3 minutes in all (the default)"
+    )
     size.add_argument("--full", action="store_true", help="the runs of benchmarks/collapse/README.md, some hours")
     parser.add_argument("--seeds", type=positive, metavar="N", help="instead of the number that each experiment has")
     parser.add_argument(
