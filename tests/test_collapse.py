@@ -30,6 +30,15 @@ from benchmarks.collapse import (
 from benchmarks.transformer import LanguageModel
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the engine's processes. Several wait for each other where other work, such as compilers, has the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def test_the_papers_table_gives_the_papers_intervals():
     """38.1 and 90.7 million tokens are in its text, 91.4 is in its figure; 68.1 follows from its table."""
     table = published.RETENTION["LLaMA-3.2-1B, Wikitext"]
