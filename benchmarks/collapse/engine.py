@@ -80,8 +80,6 @@ def perform(experiment: Experiment, run: Run, folder: Path, tick: Callable[[], N
         heading.append(where)
     for _ in rows:
         tick()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state_path.parent.mkdir(parents=True, exist_ok=True)
     if not rows:
         state = experiment.begin(run, scratch(folder))
     for generation in range(len(rows), run.generations):
@@ -100,7 +98,8 @@ def scratch(folder: Path) -> Path:
 
 
 def replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file so that nobody ever finds half of it."""
+    """Write a file, and its folder if need be, so that nobody ever finds half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     write(temporary)
     os.replace(temporary, path)
