@@ -2,23 +2,31 @@
 
 The operators take logits (..., V) as the user passed them and hold everything per row in the shape of the target (...).
 `rows` (6, ...) keeps the numbers per row that backward and the statistics need; `stats` names its fields.
+
+An operator returns what it makes and writes to no argument, so that compilers, checkpointing and hooks may do with it
+what they like. Memory is written to only where `context.is_plain` says that nobody would miss it.
 """
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.graph import increment_version
 from torch.library import custom_op
 
 from . import torch_ops
+from .context import has_data, has_tangent, is_plain
+from .layout import flat, rows_like, rows_of, shaped
+from .options import FORM_SCHEMA, Form, form_of
 from .stats import N_FIELDS
 from .torch_ops import compute_dtype
 
 SECOND_BACKWARD = (
-    "the gradient of this loss was made in place and has been handed out, or the logits were modified since: "
-    "it can be differentiated only once. Pass allow_retain_graph=True to recompute the gradient each time."
+    "the gradient of this loss was made in memory that has been handed out, so it can be differentiated only once. "
+    "Pass allow_retain_graph=True to recompute the gradient each time."
 )
 DOUBLE_BACKWARD = (
-    "double backward is not supported by backend={!r}: its gradient is not differentiable. "
-    "Pass backend='reference' for second derivatives."
+    "double backward is not supported by the fast backends: their gradient is not differentiable, neither in reverse "
+    "nor in forward mode. Pass backend='reference' for second derivatives."
 )
 
 
@@ -37,39 +45,9 @@ def backend_of(name: str, logits: Tensor):
     return triton_ops
 
 
-def as_rows(logits: Tensor) -> Tensor | None:
-    """View logits (..., V) as [outer, inner, V]; None if two strides cannot describe its rows.
-
-    Two, because logits[:, :-1] of a (B, T, V) tensor must not be copied.
-    """
-    *leading, V = logits.shape
-    merged = []  # (size, stride), outermost first; neighbours that one stride describes become one
-    for size, stride in zip(leading, logits.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if merged and merged[-1][1] == size * stride:
-            size *= merged.pop()[0]
-        merged.append((size, stride))
-    if 0 in leading:
-        merged = [(0, 0)]
-    if len(merged) > 2 or (V > 1 and logits.stride(-1) != 1):
-        return None
-    (outer, stride_outer), (inner, stride_inner) = [(1, 0)] * (2 - len(merged)) + merged
-    return logits.as_strided((outer, inner, V), (stride_outer, stride_inner, 1))
-
-
-def _as_rows_of(logits: Tensor, out: Tensor) -> Tensor:
-    """View a gradient as `as_rows` views its logits: it is contiguous, or it is the logits."""
-    return out.view(as_rows(logits).shape) if out.is_contiguous() else as_rows(out)
-
-
-def flat(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1)
-
-
 def check_target(target: Tensor, V: int, ignore_index: int) -> None:
     """On a CPU, where looking is free, a bad target is an error; elsewhere its row becomes NaN."""
-    if target.device.type != "cpu":
+    if target.device.type != "cpu" or not has_data(target):
         return
     bad = (target != ignore_index) & ((target < 0) | (target >= V))
     if bad.any():
@@ -80,176 +58,267 @@ def check_target(target: Tensor, V: int, ignore_index: int) -> None:
         )
 
 
-@custom_op("tce_kernels::row_loss", mutates_args=())
-def row_loss(
-    logits: Tensor, target: Tensor, row_scale: Tensor, param: Tensor, rule: str, alpha: float, ignore_index: int,
-    z_loss: float, label_smoothing: float, softcap: float | None, logit_scale: float, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Loss (...) and rows (6, ...), from one read of the logits."""
+def operator(name: str, arguments: str, returns: str):
+    """Register an operator that writes to no argument, from a schema whose options are those of a `Form`."""
+    schema = f"({arguments.format(form=FORM_SCHEMA)}) -> ({returns})"
+    return custom_op(f"tce_kernels::{name}", mutates_args=(), schema=schema)
+
+
+def _row_loss(logits, target, row_scale, param, form: Form, backend) -> tuple[Tensor, Tensor]:
     if backend == "torch":
-        check_target(target, logits.shape[-1], ignore_index)
-    loss, rows = backend_of(backend, logits).row_loss(
-        as_rows(logits), flat(target), flat(row_scale), param, rule=rule, alpha=alpha, ignore_index=ignore_index,
-        z_loss=z_loss, label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale,
-    )  # fmt: skip
-    return loss.view(target.shape), rows.view(N_FIELDS, *target.shape)
+        check_target(target, logits.shape[-1], form.ignore_index)
+    loss, rows = backend_of(backend, logits).row_loss(rows_of(logits), flat(target), flat(row_scale), param, form)
+    return shaped(loss, target.shape), rows.view(N_FIELDS, *target.shape)
 
 
-@row_loss.register_fake
-def _(logits, target, *_):
-    dtype = compute_dtype(logits.dtype)
-    return logits.new_empty(target.shape, dtype=dtype), logits.new_empty((N_FIELDS, *target.shape), dtype=dtype)
-
-
-@custom_op("tce_kernels::dlogits", mutates_args={"out"})
-def dlogits(
-    logits: Tensor, target: Tensor, row_grad: Tensor, rows: Tensor, out: Tensor,
-    z_loss: float, label_smoothing: float, softcap: float | None, logit_scale: float, backend: str,
-) -> None:  # fmt: skip
-    """Gradient (..., V) for row_grad (...) = upstream gradient * row_scale, to out, which may be the logits."""
+def _write_dlogits(logits, target, row_grad, rows, form: Form, backend, out) -> None:
     backend_of(backend, logits).dlogits(
-        as_rows(logits), flat(target), flat(row_grad), rows.reshape(N_FIELDS, -1), _as_rows_of(logits, out),
-        z_loss=z_loss, label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale,
-    )  # fmt: skip
+        rows_of(logits), flat(target), flat(row_grad), rows.reshape(N_FIELDS, -1), form, rows_like(logits, out)
+    )
 
 
-@custom_op("tce_kernels::loss_and_dlogits", mutates_args={"out"})
-def loss_and_dlogits(
-    logits: Tensor, target: Tensor, row_scale: Tensor, param: Tensor, out: Tensor, rule: str, alpha: float,
-    ignore_index: int, z_loss: float, label_smoothing: float, softcap: float | None, logit_scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Sum of the losses [] and rows (6, ...), and the gradient to out for an upstream gradient of 1, in one pass."""
+def _write_loss_and_dlogits(logits, target, row_scale, param, form: Form, backend, out) -> tuple[Tensor, Tensor]:
     if backend == "torch":
-        check_target(target, logits.shape[-1], ignore_index)
+        check_target(target, logits.shape[-1], form.ignore_index)
     loss, rows = backend_of(backend, logits).loss_and_dlogits(
-        as_rows(logits), flat(target), flat(row_scale), param, _as_rows_of(logits, out), rule=rule, alpha=alpha,
-        ignore_index=ignore_index, z_loss=z_loss, label_smoothing=label_smoothing, softcap=softcap,
-        logit_scale=logit_scale,
-    )  # fmt: skip
+        rows_of(logits), flat(target), flat(row_scale), param, form, rows_like(logits, out)
+    )
     return loss.sum(), rows.view(N_FIELDS, *target.shape)
-
-
-@loss_and_dlogits.register_fake
-def _(logits, target, *_):
-    dtype = compute_dtype(logits.dtype)
-    return logits.new_empty((), dtype=dtype), logits.new_empty((N_FIELDS, *target.shape), dtype=dtype)
-
-
-@custom_op("tce_kernels::scale_", mutates_args={"dlogits"})
-def scale_(dlogits: Tensor, factor: Tensor, backend: str) -> None:
-    """dlogits (..., V) *= factor []; memory is not touched if the factor is 1."""
-    backend_of(backend, dlogits).scale_(as_rows(dlogits), factor)
-
-
-class _Anchor(torch.autograd.Function):
-    """Tensors -> a tensor without elements that is connected to them, yet does not keep their memory."""
-
-    @staticmethod
-    def forward(ctx, *tensors):
-        ctx.n_tensors = len(tensors)
-        return tensors[0].new_empty(0)
-
-    @staticmethod
-    def backward(ctx, _):
-        return (None,) * ctx.n_tensors
-
-
-class _RefuseDoubleBackward(torch.autograd.Function):
-    """Identity on a gradient; the anchor leads whoever differentiates the gradient here."""
-
-    @staticmethod
-    def forward(ctx, gradient, anchor, backend):
-        ctx.backend = backend
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx, _):
-        raise RuntimeError(DOUBLE_BACKWARD.format(ctx.backend))
-
-
-def hand_out(gradient: Tensor, anchor: Tensor | None, backend: str) -> Tensor:
-    """A gradient that says so if somebody differentiates it; a compiled graph refuses that by itself."""
-    if anchor is not None and torch.is_grad_enabled():
-        return _RefuseDoubleBackward.apply(gradient, anchor, backend)
-    return gradient
 
 
 def _empty_like(logits: Tensor) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def differentiable(function, tensors: tuple[Tensor | None, ...], *arguments):
-    """function.apply(*tensors, anchor, *arguments): the tensors are what it may have to differentiate."""
-    present = [tensor for tensor in tensors if tensor is not None]
-    anchor = None if torch.compiler.is_compiling() else _Anchor.apply(*present)
-    return function.apply(*tensors, anchor, *arguments)
+def _fake_rows(logits: Tensor, target: Tensor) -> Tensor:
+    return logits.new_empty((N_FIELDS, *target.shape), dtype=compute_dtype(logits.dtype))
 
 
-class LossAndGradient(torch.autograd.Function):
-    """Sum of the losses [] and rows (6, ...); the gradient is made in forward."""
+@operator(
+    "row_loss",
+    "Tensor logits, Tensor target, Tensor row_scale, Tensor param, {form}, str backend",
+    "Tensor loss, Tensor rows",
+)
+def row_loss(logits, target, row_scale, param, *plain):
+    """Loss (...) and rows (6, ...), from one read of the logits."""
+    *form, backend = plain
+    return _row_loss(logits, target, row_scale, param, form_of(*form), backend)
+
+
+@row_loss.register_fake
+def _(logits, target, *_):
+    return logits.new_empty(target.shape, dtype=compute_dtype(logits.dtype)), _fake_rows(logits, target)
+
+
+@operator(
+    "dlogits",
+    "Tensor logits, Tensor target, Tensor row_grad, Tensor rows, {form}, str backend",
+    "Tensor dlogits",
+)
+def dlogits(logits, target, row_grad, rows, *plain):
+    """Gradient (..., V) for row_grad (...) = upstream gradient * row_scale."""
+    *form, backend = plain
+    out = _empty_like(logits)
+    _write_dlogits(logits, target, row_grad, rows, form_of(*form), backend, out)
+    return out
+
+
+@dlogits.register_fake
+def _(logits, *_):
+    return _empty_like(logits)
+
+
+@operator(
+    "loss_and_dlogits",
+    "Tensor logits, Tensor target, Tensor row_scale, Tensor param, {form}, str backend",
+    "Tensor loss, Tensor rows, Tensor dlogits",
+)
+def loss_and_dlogits(logits, target, row_scale, param, *plain):
+    """Sum of the losses [], rows (6, ...), and the gradient (..., V) for an upstream gradient of 1, in one pass."""
+    *form, backend = plain
+    out = _empty_like(logits)
+    return *_write_loss_and_dlogits(logits, target, row_scale, param, form_of(*form), backend, out), out
+
+
+@loss_and_dlogits.register_fake
+def _(logits, target, *_):
+    loss = logits.new_empty((), dtype=compute_dtype(logits.dtype))
+    return loss, _fake_rows(logits, target), _empty_like(logits)
+
+
+class _RefuseDerivative(Function):
+    """Identity on what has no derivative with respect to the tensors that it is tied to: asking for one is an error."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        ctx, logits, anchor, target, row_scale, param, rule, alpha, ignore_index, z_loss, label_smoothing, softcap,
-        logit_scale, backend, inplace,
-    ):  # fmt: skip
-        out = logits.detach() if inplace else _empty_like(logits)
-        loss, rows = loss_and_dlogits(
-            logits.detach(), target, row_scale, param, out, rule, alpha, ignore_index, z_loss, label_smoothing,
-            softcap, logit_scale, backend,
-        )  # fmt: skip
-        ctx.save_for_backward(out, anchor)
-        ctx.backend = backend
-        ctx.mark_non_differentiable(rows)
-        return loss, rows
+    def forward(tensor, *ties):
+        return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
-        try:
-            out, anchor = ctx.saved_tensors
-        except RuntimeError as error:
-            raise RuntimeError(SECOND_BACKWARD) from error
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, upstream):
+        _, *ties_need = ctx.needs_input_grad
+        if any(ties_need):
+            raise RuntimeError(DOUBLE_BACKWARD)
+        return upstream, *[None] * len(ties_need)
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise RuntimeError(DOUBLE_BACKWARD)
+
+
+def hand_out(gradient: Tensor, rows: Tensor, upstream: Tensor) -> Tensor:
+    """A gradient that says so if somebody differentiates it; a compiled graph refuses that by itself.
+
+    `rows` came out of the same node as the loss, so through it the graph leads to whatever the loss depends on.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _RefuseDerivative.apply(gradient, rows, upstream)
+    return gradient
+
+
+def address_of(tensor: Tensor) -> int | None:
+    """Where the memory of a tensor is, to know it again: a hook may bring back other memory than it was given."""
+    return tensor.data_ptr() if is_plain(tensor) else None
+
+
+def is_memory_at(address: int | None, tensor: Tensor) -> bool:
+    return address is not None and is_plain(tensor) and tensor.data_ptr() == address
+
+
+def product(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor [], in float32 at least, rounded once to `dtype`."""
+    if is_plain(gradient, factor) and gradient.dtype == compute_dtype(gradient.dtype):
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+    return (gradient.to(compute_dtype(gradient.dtype)) * factor).to(dtype)
+
+
+class LossAndGradient(Function):
+    """Sum of the losses [], rows (6, ...), and the gradient for an upstream gradient of 1, made in forward.
+
+    With `inplace` the gradient takes the place of the logits; there is no third output then. `has_tangent`: forward
+    mode goes through the logits.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits, target, row_scale, param, *plain):
+        *form, backend, inplace, _ = plain
+        if not inplace:
+            return loss_and_dlogits(logits, target, row_scale, param, *form, backend)
+        out = logits.detach()
+        loss, rows = _write_loss_and_dlogits(out, target, row_scale, param, form_of(*form), backend, out)
+        increment_version(out)
+        return loss, rows, None
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *_, ctx.backend, inplace, ctx.has_tangent = inputs
+        _, rows, gradient = output
+        if inplace:
+            gradient = inputs[0]
+        else:
+            ctx.mark_non_differentiable(gradient)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gradient, rows)
+        ctx.save_for_forward(gradient, rows)
+        ctx.address, ctx.handed_out = address_of(gradient), False
+        ctx.n_constants = len(inputs) - 1
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        if ctx.handed_out:
+            raise RuntimeError(SECOND_BACKWARD)
+        if ctx.has_tangent:
+            raise RuntimeError(DOUBLE_BACKWARD)
+        gradient, rows = ctx.saved_tensors
         with torch.no_grad():
-            scale_(out, grad_loss, ctx.backend)
-        return hand_out(out, anchor, ctx.backend), *[None] * 13
+            gradient = gradient.detach()
+            if is_plain(upstream) and is_memory_at(ctx.address, gradient):
+                ctx.handed_out = True
+                backend_of(ctx.backend, gradient).scale_(rows_of(gradient), upstream)
+                increment_version(gradient)
+            else:
+                gradient = product(gradient, upstream, gradient.dtype)
+        return hand_out(gradient, rows, upstream), *[None] * ctx.n_constants
 
 
-class RowLoss(torch.autograd.Function):
+class RowLoss(Function):
     """Losses (...) and rows (6, ...); the gradient is made in backward from the logits."""
 
-    @staticmethod
-    def forward(
-        ctx, logits, anchor, target, row_scale, param, rule, alpha, ignore_index, z_loss, label_smoothing, softcap,
-        logit_scale, backend, inplace,
-    ):  # fmt: skip
-        loss, rows = row_loss(
-            logits, target, row_scale, param, rule, alpha, ignore_index, z_loss, label_smoothing, softcap,
-            logit_scale, backend,
-        )  # fmt: skip
-        ctx.save_for_backward(logits, target, row_scale, rows, anchor)
-        ctx.options = z_loss, label_smoothing, softcap, logit_scale, backend
-        ctx.inplace = inplace
-        ctx.mark_non_differentiable(rows)
-        return loss, rows
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
-        try:
-            logits, target, row_scale, rows, anchor = ctx.saved_tensors
-        except RuntimeError as error:
-            if ctx.inplace:
-                raise RuntimeError(SECOND_BACKWARD) from error
-            raise
+    def forward(logits, target, row_scale, param, *plain):
+        *form, backend, _, _ = plain
+        return row_loss(logits, target, row_scale, param, *form, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, target, row_scale, _, *ctx.form, ctx.backend, ctx.inplace, ctx.has_tangent = inputs
+        _, rows = output
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, target, row_scale, rows)
+        ctx.save_for_forward(logits, target, row_scale, rows)
+        ctx.address, ctx.handed_out = address_of(logits), False
+        ctx.n_constants = len(inputs) - 1
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        if ctx.handed_out:
+            raise RuntimeError(SECOND_BACKWARD)
+        if ctx.has_tangent:
+            raise RuntimeError(DOUBLE_BACKWARD)
+        logits, target, row_scale, rows = ctx.saved_tensors
         with torch.no_grad():
-            logits = logits.detach()
-            out = logits if ctx.inplace else _empty_like(logits)
-            dlogits(logits, target, grad_loss * row_scale, rows, out, *ctx.options)
-        return hand_out(out, anchor, ctx.options[-1]), *[None] * 13
+            logits, row_grad = logits.detach(), upstream * row_scale
+            if ctx.inplace and is_plain(row_grad) and is_memory_at(ctx.address, logits):
+                ctx.handed_out = True
+                _write_dlogits(logits, target, row_grad, rows, form_of(*ctx.form), ctx.backend, logits)
+                increment_version(logits)
+                gradient = logits
+            else:
+                gradient = dlogits(logits, target, row_grad, rows, *ctx.form, ctx.backend)
+        return hand_out(gradient, rows, upstream), *[None] * ctx.n_constants
 
 
-def loss_and_rows(logits: Tensor, *arguments, in_forward: bool, inplace: bool):
+def _along(gradient: Tensor, tangent: Tensor) -> Tensor:
+    """How much each row's loss changes (...), for gradient and tangent (..., V)."""
+    dtype = compute_dtype(gradient.dtype)
+    return (gradient.to(dtype) * tangent.to(dtype)).sum(-1)
+
+
+# torch.compile takes no function with a `jvp` of its own, so forward mode is added for eager calls.
+class LossAndGradientWithTangent(LossAndGradient):
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        gradient, rows = ctx.saved_tensors
+        return _RefuseDerivative.apply(_along(gradient, tangent).sum(), rows), torch.zeros_like(rows), None
+
+
+class RowLossWithTangent(RowLoss):
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        logits, target, row_scale, rows = ctx.saved_tensors
+        gradient = dlogits(logits.detach(), target, row_scale, rows.detach(), *ctx.form, ctx.backend)
+        return _RefuseDerivative.apply(_along(gradient, tangent), rows), torch.zeros_like(rows)
+
+
+def loss_and_rows(logits: Tensor, *arguments, in_forward: bool, inplace: bool) -> tuple[Tensor, Tensor]:
     """Loss and rows: per row (...), or their sum [] where the gradient is made in forward."""
-    if not (torch.is_grad_enabled() and logits.requires_grad):
+    tangent = has_tangent(logits)
+    if not tangent and not (torch.is_grad_enabled() and logits.requires_grad):
         return row_loss(logits, *arguments)
-    return differentiable(LossAndGradient if in_forward else RowLoss, (logits,), *arguments, inplace)
+    if torch.compiler.is_compiling():
+        # The gradient in backward, which costs 6 bytes per 2-byte logit: made in forward it would be scaled in a pass
+        # of its own, which costs 8.
+        return RowLoss.apply(logits, *arguments, False, False)
+    inplace = inplace and not tangent and is_plain(logits, *arguments[:3])
+    function = LossAndGradientWithTangent if in_forward else RowLossWithTangent
+    loss, rows, *_ = function.apply(logits, *arguments, inplace, tangent)
+    return loss, rows

@@ -1,11 +1,11 @@
 """The public losses: documentation, checks, the choice of backend and path, reduction."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from . import autograd, checks, linear, reference, stats
+from .context import has_tangent
+from .options import Focal, LinearOptions, LogitsOptions, Truncated
 from .stats import LossStats
 from .torch_ops import compute_dtype
 
@@ -76,18 +76,8 @@ def truncated_cross_entropy(
 
     Source: the truncated cross-entropy of ForTIFAI, arXiv:2509.08972, section 2.3.
     """
-    options = dict(
-        weight=weight, token_weight=token_weight, ignore_index=ignore_index, reduction=reduction,
-        denominator=denominator, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-        logit_scale=logit_scale, return_stats=return_stats,
-    )  # fmt: skip
-    placing = dict(inplace=inplace, allow_retain_graph=allow_retain_graph)
-    checks.check_threshold(threshold)
-    backend = _check(logits, target, threshold, backend, **options, **placing)
-    if backend == "reference":
-        return reference.truncated_cross_entropy(logits, target, threshold, **options)
-    rule = "truncated", _log_threshold(threshold), 1.0
-    return _logits_loss(logits, target, rule, backend, **options, **placing)
+    options = LogitsOptions.among(Truncated(threshold), locals())
+    return logits_loss(logits, target, options)
 
 
 def focal_cross_entropy(
@@ -124,17 +114,8 @@ def focal_cross_entropy(
 
     Source: Lin et al. 2017, arXiv:1708.02002, equation 5; as compared with in arXiv:2509.08972, appendix A.
     """
-    options = dict(
-        weight=weight, token_weight=token_weight, ignore_index=ignore_index, reduction=reduction,
-        denominator=denominator, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-        logit_scale=logit_scale, return_stats=return_stats,
-    )  # fmt: skip
-    placing = dict(inplace=inplace, allow_retain_graph=allow_retain_graph)
-    checks.check_focal(gamma, alpha, label_smoothing)
-    backend = _check(logits, target, None, backend, **options, **placing)
-    if backend == "reference":
-        return reference.focal_cross_entropy(logits, target, gamma, alpha=alpha, **options)
-    return _logits_loss(logits, target, ("focal", float(gamma), float(alpha)), backend, **options, **placing)
+    options = LogitsOptions.among(Focal(gamma, alpha), locals())
+    return logits_loss(logits, target, options)
 
 
 def linear_truncated_cross_entropy(
@@ -193,21 +174,8 @@ def linear_truncated_cross_entropy(
 
     Source: equation 3 of arXiv:2509.08972; the order of the matmuls is this package's own.
     """
-    options = dict(
-        weight=weight, token_weight=token_weight, ignore_index=ignore_index, reduction=reduction,
-        denominator=denominator, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-        logit_scale=logit_scale, return_stats=return_stats,
-    )  # fmt: skip
-    placing = dict(allow_retain_graph=allow_retain_graph, chunk_size=chunk_size, accumulate_dtype=accumulate_dtype)
-    checks.check_threshold(threshold)
-    head = input, linear_weight, linear_bias
-    backend = _check_linear(head, target, threshold, backend, **options, **placing)
-    if backend == "reference":
-        return reference.linear_truncated_cross_entropy(
-            input, linear_weight, target, threshold, linear_bias=linear_bias, **options
-        )
-    rule = "truncated", _log_threshold(threshold), 1.0
-    return _linear_loss(head, target, rule, backend, **options, **placing)
+    options = LinearOptions.among(Truncated(threshold), locals())
+    return linear_loss(input, linear_weight, linear_bias, target, options)
 
 
 def linear_focal_cross_entropy(
@@ -241,44 +209,62 @@ def linear_focal_cross_entropy(
 
     Source: Lin et al. 2017, arXiv:1708.02002, equation 5.
     """
-    options = dict(
-        weight=weight, token_weight=token_weight, ignore_index=ignore_index, reduction=reduction,
-        denominator=denominator, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-        logit_scale=logit_scale, return_stats=return_stats,
-    )  # fmt: skip
-    placing = dict(allow_retain_graph=allow_retain_graph, chunk_size=chunk_size, accumulate_dtype=accumulate_dtype)
-    checks.check_focal(gamma, alpha, label_smoothing)
-    head = input, linear_weight, linear_bias
-    backend = _check_linear(head, target, None, backend, **options, **placing)
+    options = LinearOptions.among(Focal(gamma, alpha), locals())
+    return linear_loss(input, linear_weight, linear_bias, target, options)
+
+
+def logits_loss(logits: Tensor, target: Tensor, options: LogitsOptions) -> Tensor | tuple[Tensor, LossStats]:
+    """The loss of given logits, whichever it is."""
+    backend = _chosen(options.backend, logits)
+    checks.check_logits(logits, inplace=options.inplace, backend=backend)
+    checks.check_rows(target, options, "logits", logits, logits.shape[-1])
     if backend == "reference":
-        return reference.linear_focal_cross_entropy(
-            input, linear_weight, target, gamma, alpha=alpha, linear_bias=linear_bias, **options
+        loss = getattr(reference, f"{options.rule.name}_cross_entropy")
+        return loss(logits, target, **vars(options.rule), **options.of_reference())
+
+    # float16 gradients of a mean would underflow before a gradient scaler gets to multiply them, so their rounding
+    # waits for backward and the upstream gradient. So does what is divided by a sum known only after all rows.
+    late = options.allow_retain_graph or logits.dtype == torch.float16 or options.by_kept
+    in_forward = options.reduction != "none" and not late
+
+    def path(*arguments):
+        return autograd.loss_and_rows(
+            logits, *arguments, *options.form(), backend, in_forward=in_forward, inplace=options.inplace
         )
-    return _linear_loss(head, target, ("focal", float(gamma), float(alpha)), backend, **options, **placing)
+
+    return _reduced(path, target, logits.shape[-1], logits.dtype, options, divide_last=options.by_kept)
 
 
-def _check(logits, target, threshold, backend, *, weight, token_weight, denominator, inplace, **options) -> str:
-    """Check everything; the backend that `backend` stands for."""
-    per_row = dict(weight=weight, token_weight=token_weight, denominator=denominator)
-    checks.check_options(inplace=inplace, backend=backend, **per_row, **options)
-    backend = _chosen(backend, logits)
-    checks.check_logits(logits, inplace=inplace, backend=backend)
-    checks.check_rows(target, threshold, "logits", logits, logits.shape[-1], **per_row)
-    return backend
-
-
-def _check_linear(
-    head, target, threshold, backend, *, weight, token_weight, denominator, chunk_size, accumulate_dtype, **options
-) -> str:
-    """Check everything; the backend that `backend` stands for."""
-    per_row = dict(weight=weight, token_weight=token_weight, denominator=denominator)
-    checks.check_options(backend=backend, **per_row, **options)
-    checks.check_chunks(chunk_size, accumulate_dtype)
-    input, linear_weight, _ = head
-    backend = _chosen(backend, input)
+def linear_loss(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, options: LinearOptions
+) -> Tensor | tuple[Tensor, LossStats]:
+    """The loss of logits that are made here, whichever it is."""
+    backend = _chosen(options.backend, input)
+    head = input, linear_weight, linear_bias
     checks.check_head(*head, backend=backend)
-    checks.check_rows(target, threshold, "input", input, len(linear_weight), **per_row)
-    return backend
+    checks.check_rows(target, options, "input", input, len(linear_weight))
+    if backend == "reference":
+        loss = getattr(reference, f"linear_{options.rule.name}_cross_entropy")
+        return loss(
+            input, linear_weight, target, linear_bias=linear_bias, **vars(options.rule), **options.of_reference()
+        )
+    if any(map(has_tangent, head)):  # forward mode: of all logits at once
+        of_logits = {name: getattr(options, name) for name in LogitsOptions.__dataclass_fields__ if name != "inplace"}
+        return logits_loss(torch.nn.functional.linear(*head), target, LogitsOptions(**of_logits))
+
+    dtype = linear.matmul_dtype(input)
+    chunk_size = None if options.chunk_size == "auto" else options.chunk_size
+
+    def path(*arguments):
+        return linear.loss_and_rows(
+            *head, *arguments, *options.form(), backend, chunk_size, dtype, options.accumulate_dtype,
+            in_forward=options.reduction != "none" and not options.allow_retain_graph,
+        )  # fmt: skip
+
+    # Divided last, float16 gradients do not underflow on the way: the division meets their sums over rows.
+    return _reduced(
+        path, target, len(linear_weight), dtype, options, divide_last=options.by_kept or dtype == torch.float16
+    )
 
 
 def _chosen(backend: str, tensor) -> str:
@@ -287,71 +273,32 @@ def _chosen(backend: str, tensor) -> str:
     return backend
 
 
-def _log_threshold(threshold: float | Tensor) -> float | Tensor:
-    return threshold.detach().double().log() if isinstance(threshold, Tensor) else math.log(threshold)
+def _reduced(path, target, V, dtype, options, divide_last):
+    """What the paths share: one number per row each before, the reduction after.
 
-
-def _logits_loss(logits, target, rule, backend, *, inplace, allow_retain_graph, **options):
-    # float16 gradients of a mean would underflow before a gradient scaler gets to multiply them, so their rounding
-    # waits for backward and the upstream gradient. So does what is divided by a sum known only after all rows.
-    late = allow_retain_graph or logits.dtype == torch.float16 or _by_kept(options["denominator"])
-
-    def path(*arguments, scalar):
-        return autograd.loss_and_rows(logits, *arguments, backend, in_forward=scalar and not late, inplace=inplace)
-
-    return _loss(path, target, rule, logits.shape[-1], logits.dtype, **options)
-
-
-def _linear_loss(
-    head, target, rule, backend, *, allow_retain_graph, chunk_size, accumulate_dtype, **options
-):  # fmt: skip
-    input, linear_weight, _ = head
-    dtype = linear.matmul_dtype(input)
-
-    def path(*arguments, scalar):
-        return linear.loss_and_rows(
-            *head, *arguments, backend, None if chunk_size == "auto" else chunk_size, dtype, accumulate_dtype,
-            in_forward=scalar and not allow_retain_graph,
-        )  # fmt: skip
-
-    # Divided last, float16 gradients do not underflow on the way: the division meets their sums over rows.
-    return _loss(path, target, rule, len(linear_weight), dtype, divide_last=dtype == torch.float16, **options)
-
-
-def _by_kept(denominator) -> bool:
-    return isinstance(denominator, str) and denominator == "kept"
-
-
-def _loss(
-    path, target, rule, V, dtype, *, weight, token_weight, ignore_index, reduction, denominator, label_smoothing,
-    z_loss, softcap, logit_scale, return_stats, divide_last=False,
-):  # fmt: skip
-    """What the paths share: `rows` of one number each before, the reduction after."""
-    name, param, alpha = rule
+    path(target, row_scale, param) returns the loss, per row or summed up, and `rows`.
+    """
     dtype = compute_dtype(dtype)
-    if isinstance(param, Tensor):
-        param = param.to(dtype)
-    else:
-        param = torch.full((), param, dtype=dtype, device=target.device)
-    valid = target != ignore_index
-    row_scale = _row_weight(valid, target, weight, token_weight, V, dtype)
-    divide_last = divide_last or _by_kept(denominator)
-    total = row_scale.sum() if isinstance(denominator, str) else denominator
-    if reduction == "mean" and not divide_last:
-        row_scale = row_scale * _inverse(total, row_scale)
+    valid = target != options.ignore_index
+    row_scale = _row_weight(valid, target, options.weight, options.token_weight, V, dtype)
+    mean = options.reduction == "mean"
+    if mean and not options.by_kept:
+        total = row_scale.sum() if isinstance(options.denominator, str) else _scalar(options.denominator, row_scale)
+        if divide_last:
+            row_scale = torch.where(total == 0, 0, row_scale)
+        else:
+            row_scale = row_scale * torch.where(total == 0, 0, 1 / total)
 
-    loss, rows = path(
-        target, row_scale, param, name, alpha, ignore_index, float(z_loss), float(label_smoothing),
-        None if softcap is None else float(softcap), float(logit_scale), scalar=reduction != "none",
-    )  # fmt: skip
+    loss, rows = path(target, row_scale, options.rule.param(dtype, target.device))
 
-    if reduction != "none":
+    rows = rows.detach()
+    if options.reduction != "none":
         loss = loss.sum()
-    if reduction == "mean" and divide_last:
-        if _by_kept(denominator):
+    if mean and divide_last:
+        if options.by_kept:
             total = (row_scale * (rows[stats.COEF] != 0)).sum()
-        loss = loss * _inverse(total, row_scale)
-    return (loss, stats.from_rows(rows, valid)) if return_stats else loss
+        loss = torch.where(total == 0, 0, loss / total)
+    return (loss, stats.from_rows(rows, valid)) if options.return_stats else loss
 
 
 def _row_weight(valid, target, weight, token_weight, V, dtype):
@@ -363,7 +310,8 @@ def _row_weight(valid, target, weight, token_weight, V, dtype):
     return row_weight
 
 
-def _inverse(total, like):
-    """1 / total, a number or 0-d tensor; 0 for 0."""
-    total = torch.as_tensor(total, dtype=like.dtype)
-    return torch.where(total == 0, 0, 1 / total)
+def _scalar(number: float | Tensor, like: Tensor) -> Tensor:
+    """A tensor [] in the dtype of another; one that is on a CPU stays there, and need not be waited for."""
+    if isinstance(number, Tensor):
+        return number.to(like.dtype)
+    return torch.full((), number, dtype=like.dtype, device=like.device)

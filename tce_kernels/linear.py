@@ -7,13 +7,19 @@ ignored rows are left out of the forward matmul as well.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch.autograd import Function
+from torch.utils.flop_counter import register_flop_formula
 
-from .autograd import SECOND_BACKWARD, backend_of, check_target, differentiable, flat, hand_out, scale_
+from .autograd import address_of, backend_of, check_target, hand_out, is_memory_at, operator, product
+from .checks import is_autocast
+from .context import graph_is_kept, is_plain
+from .layout import flat, rows_of, shaped
+from .options import form_of
 from .stats import COEF, N_FIELDS
 
 GPU_CHUNK_ROWS, GPU_CHUNK_BYTES = 2048, 2**29
@@ -28,7 +34,7 @@ def auto_chunk_size(V: int, itemsize: int, on_cpu: bool) -> int:
 def matmul_dtype(input: Tensor) -> torch.dtype:
     """The dtype that F.linear would multiply in: autocast's, or the input's."""
     device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+    if is_autocast(device) and input.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return input.dtype
 
@@ -86,11 +92,8 @@ class _Gradients:
         self.needs_input, self.needs_weight, self.needs_bias = needs
         V = len(head.weight)
         total_dtype = torch.promote_types(accumulate_dtype, head.dtype)
-        self.input = torch.zeros_like(head.input if self.needs_input else head.input[:0], dtype=head.dtype)
-        self.weight = torch.empty_like(
-            head.weight if self.needs_weight else head.weight[:0],
-            dtype=total_dtype, memory_format=torch.contiguous_format,
-        )  # fmt: skip
+        self.input = head.input.new_zeros(head.input.shape if self.needs_input else 0, dtype=head.dtype)
+        self.weight = head.weight.new_empty(head.weight.shape if self.needs_weight else 0, dtype=total_dtype)
         self.bias = head.weight.new_zeros(V if self.needs_bias else 0, dtype=total_dtype)
         self.beta = 0  # the first product is written, not added, so the weight's total starts uninitialised
 
@@ -118,7 +121,7 @@ class _Gradients:
     def finished(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
         if self.beta == 0:
             self.weight.zero_()
-        return self.input.view(shape if self.needs_input else 0), self.weight, self.bias
+        return shaped(self.input, shape if self.needs_input else (0,)), self.weight, self.bias
 
 
 def _through_chunks(
@@ -151,20 +154,22 @@ def _through_chunks(
             gradients.add(buffer[:n_waiting], torch.cat(waiting))
 
 
-@custom_op("tce_kernels::linear_loss", mutates_args=())
-def linear_loss(
-    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, row_scale: Tensor, param: Tensor, rule: str,
-    alpha: float, ignore_index: int, z_loss: float, label_smoothing: float, softcap: float | None,
-    logit_scale: float, backend: str, chunk_size: int | None, dtype: torch.dtype, accumulate_dtype: torch.dtype,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+HEAD = "Tensor input, Tensor weight, Tensor? bias, Tensor target"
+CHUNKS = "str backend, int? chunk_size, ScalarType dtype, ScalarType accumulate_dtype, bool[] needs"
+GRADIENTS = "Tensor dinput, Tensor dweight, Tensor dbias"
+
+
+@operator(
+    "linear_loss",
+    HEAD + ", Tensor row_scale, Tensor param, {form}, " + CHUNKS,
+    "Tensor loss, Tensor rows, " + GRADIENTS,
+)
+def linear_loss(input, weight, bias, target, row_scale, param, *plain):
     """Loss (...), rows (6, ...), and the gradients of the sum that are needed (those of input, weight and bias)."""
+    *form, backend, chunk_size, dtype, accumulate_dtype, needs = plain
+    form = form_of(*form)
     if backend == "torch":
-        check_target(target, len(weight), ignore_index)
-    options = dict(
-        rule=rule, alpha=alpha, ignore_index=ignore_index, z_loss=z_loss, label_smoothing=label_smoothing,
-        softcap=softcap, logit_scale=logit_scale,
-    )  # fmt: skip
+        check_target(target, len(weight), form.ignore_index)
     row_operations = backend_of(backend, input)
     head = _Head(input, weight, bias, dtype)
     gradients = _Gradients(head, needs, accumulate_dtype)
@@ -174,46 +179,45 @@ def linear_loss(
 
     def row_loss(logits, chunk):
         loss[chunk], rows[:, chunk] = row_operations.row_loss(
-            logits, flat_target[chunk], flat_scale[chunk], param, **options
+            logits, flat_target[chunk], flat_scale[chunk], param, form
         )
 
     def loss_and_kept_dlogits(logits, chunk):
         loss[chunk], rows[:, chunk], kept = row_operations.loss_and_kept_dlogits(
-            logits, flat_target[chunk], flat_scale[chunk], param, **options
+            logits, flat_target[chunk], flat_scale[chunk], param, form
         )
         return chunk[kept]
 
-    live = (flat_target != ignore_index).nonzero().squeeze(1)
+    live = (flat_target != form.ignore_index).nonzero().squeeze(1)
     if any(needs):
         _through_chunks(head, live, chunk_size, backend, loss_and_kept_dlogits, gradients)
     else:
         _through_chunks(head, live, chunk_size, backend, row_loss, None)
-    return loss.view(target.shape), rows.view(N_FIELDS, *target.shape), *gradients.finished(input.shape)
+    return shaped(loss, target.shape), rows.view(N_FIELDS, *target.shape), *gradients.finished(input.shape)
 
 
 @linear_loss.register_fake
-def _(input, weight, bias, target, row_scale, *options):
-    *_, dtype, accumulate_dtype, needs = options
+def _(input, weight, bias, target, row_scale, param, *plain):
     rows = row_scale.new_empty((N_FIELDS, *target.shape))
-    return row_scale.new_empty(target.shape), rows, *_fake_gradients(input, weight, dtype, accumulate_dtype, needs)
+    return row_scale.new_empty(target.shape), rows, *_fake_gradients(input, weight, *plain[-3:])
 
 
-@custom_op("tce_kernels::linear_gradients", mutates_args=())
-def linear_gradients(
-    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, row_grad: Tensor, rows: Tensor, z_loss: float,
-    label_smoothing: float, softcap: float | None, logit_scale: float, backend: str, chunk_size: int | None,
-    dtype: torch.dtype, accumulate_dtype: torch.dtype, needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+@operator(
+    "linear_gradients",
+    HEAD + ", Tensor row_grad, Tensor rows, {form}, " + CHUNKS,
+    GRADIENTS,
+)
+def linear_gradients(input, weight, bias, target, row_grad, rows, *plain):
     """The gradients that are needed, from logits made again, for row_grad (...) = upstream gradient * row_scale."""
-    options = dict(z_loss=z_loss, label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale)
+    *form, backend, chunk_size, dtype, accumulate_dtype, needs = plain
+    form = form_of(*form)
     row_operations = backend_of(backend, input)
     head = _Head(input, weight, bias, dtype)
     gradients = _Gradients(head, needs, accumulate_dtype)
     flat_target, flat_grad, flat_rows = flat(target), flat(row_grad), rows.reshape(N_FIELDS, -1)
 
     def dlogits(logits, chunk):
-        chunk_rows = flat_rows[:, chunk]
-        row_operations.dlogits(logits, flat_target[chunk], flat_grad[chunk], chunk_rows, logits, **options)
+        row_operations.dlogits(logits, flat_target[chunk], flat_grad[chunk], flat_rows[:, chunk], form, logits)
         return chunk
 
     wanted = ((flat_rows[COEF] != 0) & (flat_grad != 0)).nonzero().squeeze(1)
@@ -222,86 +226,123 @@ def linear_gradients(
 
 
 @linear_gradients.register_fake
-def _(input, weight, bias, target, row_grad, rows, *options):
-    *_, dtype, accumulate_dtype, needs = options
-    return _fake_gradients(input, weight, dtype, accumulate_dtype, needs)
+def _(input, weight, bias, target, row_grad, rows, *plain):
+    return _fake_gradients(input, weight, *plain[-3:])
 
 
 def _fake_gradients(input, weight, dtype, accumulate_dtype, needs):
     needs_input, needs_weight, needs_bias = needs
-    V, D = weight.shape
     dtype = _supported(dtype, input.device)
     total_dtype = torch.promote_types(accumulate_dtype, dtype)
     return (
         input.new_empty(input.shape if needs_input else (0,), dtype=dtype),
-        weight.new_empty((V, D) if needs_weight else (0, D), dtype=total_dtype),
-        weight.new_empty((V,) if needs_bias else (0,), dtype=total_dtype),
+        weight.new_empty(weight.shape if needs_weight else (0,), dtype=total_dtype),
+        weight.new_empty((len(weight),) if needs_bias else (0,), dtype=total_dtype),
     )
 
 
-def _hand_out(gradients, needs, dtypes, anchor, backend):
-    return [
-        hand_out(gradient.to(dtype), anchor, backend) if needed else None
-        for gradient, needed, dtype in zip(gradients, needs, dtypes, strict=True)
-    ]
+# As if no row were dropped: a bound, since how many are is not known from shapes.
+@register_flop_formula(torch.ops.tce_kernels.linear_loss)
+@register_flop_formula(torch.ops.tce_kernels.linear_gradients)
+def _flops(input_shape, weight_shape, *arguments, out_shape=None, **_) -> int:
+    *_, needs = arguments
+    (V, D), (*leading, _) = weight_shape, input_shape
+    return 2 * math.prod(leading) * D * V * (1 + needs[0] + needs[1])
 
 
-class LinearLossAndGradients(torch.autograd.Function):
-    """Sum of the losses [] and rows (6, ...); the gradients are made in forward, scaled and cast in backward."""
+class LinearLossAndGradients(Function):
+    """Sum of the losses [], rows (6, ...) and the gradients for an upstream gradient of 1, made in forward."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, input, weight, bias, anchor, *arguments):
-        *_, ctx.backend, _chunk_size, _dtype, _accumulate_dtype, ctx.needs = arguments
+    def forward(input, weight, bias, *arguments):
         loss, rows, *gradients = linear_loss(input, weight, bias, *arguments)
-        ctx.save_for_backward(*gradients, anchor)
-        ctx.dtypes = input.dtype, weight.dtype, None if bias is None else bias.dtype
-        ctx.n_arguments = len(arguments)
-        ctx.mark_non_differentiable(rows)
-        return loss.sum(), rows
+        return loss.sum(), rows, *gradients
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
-        try:
-            *gradients, anchor = ctx.saved_tensors
-        except RuntimeError as error:
-            raise RuntimeError(SECOND_BACKWARD) from error
+    def setup_context(ctx, inputs, output):
+        *_, ctx.backend, _, _, _, ctx.needs = inputs
+        _, rows, *gradients = output
+        ctx.mark_non_differentiable(*gradients)
+        ctx.set_materialize_grads(False)
+        needed = [gradient for gradient, needed in zip(gradients, ctx.needs, strict=True) if needed]
+        ctx.save_for_backward(rows, *needed)
+        ctx.addresses = [address_of(gradient) for gradient in needed]
+        ctx.dtypes = _dtypes(inputs, ctx.needs)
+        ctx.n_constants = len(inputs) - 3
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        rows, *gradients = ctx.saved_tensors
         with torch.no_grad():
-            for gradient, needed in zip(gradients, ctx.needs, strict=True):
-                if needed:
-                    scale_(gradient, grad_loss, ctx.backend)
-        return *_hand_out(gradients, ctx.needs, ctx.dtypes, anchor, ctx.backend), *[None] * (1 + ctx.n_arguments)
+            gradients = [
+                _scaled(gradient, upstream, dtype, address, ctx.backend)
+                for gradient, dtype, address in zip(gradients, ctx.dtypes, ctx.addresses, strict=True)
+            ]
+        return *_in_place_of_needed(gradients, ctx.needs, rows, upstream), *[None] * ctx.n_constants
 
 
-class LinearRowLoss(torch.autograd.Function):
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, address: int | None, backend: str) -> Tensor:
+    """gradient * factor [] in `dtype`; in place where nobody can ask for the gradient again."""
+    if gradient.dtype == dtype and is_plain(factor) and is_memory_at(address, gradient) and not graph_is_kept():
+        backend_of(backend, gradient).scale_(rows_of(gradient), factor)
+        return gradient
+    return product(gradient, factor, dtype)
+
+
+class LinearRowLoss(Function):
     """Losses (...) and rows (6, ...); the gradients are made in backward, from logits that are made again."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, input, weight, bias, anchor, *arguments):
-        target, row_scale, _param, _rule, _alpha, _ignore_index, *ctx.options, ctx.needs = arguments
+    def forward(input, weight, bias, *arguments):
         loss, rows, *_ = linear_loss(input, weight, bias, *arguments[:-1], [False] * 3)
-        ctx.save_for_backward(input, weight, bias, target, row_scale, rows, anchor)
-        ctx.n_arguments = len(arguments)
-        ctx.mark_non_differentiable(rows)
         return loss, rows
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
-        input, weight, bias, target, row_scale, rows, anchor = ctx.saved_tensors
+    def setup_context(ctx, inputs, output):
+        input, weight, bias, target, row_scale, _, *ctx.plain = inputs
+        _, rows = output
+        *_, ctx.needs = ctx.plain
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, weight, bias, target, row_scale, rows)
+        ctx.dtypes = _dtypes(inputs, ctx.needs)
+        ctx.n_constants = len(inputs) - 3
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        input, weight, bias, target, row_scale, rows = ctx.saved_tensors
         with torch.no_grad():
             gradients = linear_gradients(
                 input.detach(), weight.detach(), None if bias is None else bias.detach(), target,
-                grad_loss * row_scale, rows, *ctx.options, ctx.needs,
+                upstream * row_scale, rows.detach(), *ctx.plain,
             )  # fmt: skip
-        dtypes = input.dtype, weight.dtype, None if bias is None else bias.dtype
-        *_, backend, _chunk_size, _dtype, _accumulate_dtype = ctx.options
-        return *_hand_out(gradients, ctx.needs, dtypes, anchor, backend), *[None] * (1 + ctx.n_arguments)
+            gradients = [gradient for gradient, needed in zip(gradients, ctx.needs, strict=True) if needed]
+            gradients = [gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        return *_in_place_of_needed(gradients, ctx.needs, rows, upstream), *[None] * ctx.n_constants
 
 
-def loss_and_rows(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments, in_forward: bool):
+def _dtypes(inputs, needs):
+    return [tensor.dtype for tensor, needed in zip(inputs[:3], needs, strict=True) if needed]
+
+
+def _in_place_of_needed(gradients, needs, rows, upstream):
+    """The gradients that are needed, handed out, and None for the others."""
+    gradients = iter(gradients)
+    return [hand_out(next(gradients), rows, upstream) if needed else None for needed in needs]
+
+
+def loss_and_rows(
+    input: Tensor, weight: Tensor, bias: Tensor | None, *arguments, in_forward: bool
+) -> tuple[Tensor, Tensor]:
     """Loss and rows: per row (...), or their sum [] where the gradients are made in forward."""
     tensors = input, weight, bias
     needs = [tensor is not None and torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors]
     if not any(needs):
         loss, rows, *_ = linear_loss(*tensors, *arguments, needs)
         return loss, rows
-    return differentiable(LinearLossAndGradients if in_forward else LinearRowLoss, tensors, *arguments, needs)
+    function = LinearLossAndGradients if in_forward else LinearRowLoss
+    loss, rows, *_ = function.apply(*tensors, *arguments, needs)
+    return loss, rows

@@ -1,26 +1,40 @@
 """The losses as modules without parameters."""
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
-from . import checks
-from .functional import focal_cross_entropy, linear_truncated_cross_entropy, truncated_cross_entropy
+from .functional import linear_loss, logits_loss
+from .options import Focal, LinearOptions, LogitsOptions, LossOptions, Truncated
 from .stats import LossStats
 
 
 class _Loss(nn.Module):
     """Holds the options of a loss. Class weights are a buffer, so that they move with the module."""
 
-    def __init__(self, options: dict):
+    def __init__(self, options: LossOptions):
         super().__init__()
-        checks.check_options(**options)
-        self.register_buffer("weight", options.pop("weight", None))
-        self.options = options
+        self.register_buffer("weight", options.weight)
+        self.options = replace(options, weight=None)
+
+    def _options(self, rule, options: dict) -> LossOptions:
+        """The module's options, with those of a call in place of them."""
+        return replace(self.options, rule=rule, **{"weight": self.weight, **options})
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return ", ".join(filter(None, [self.rule_repr(), self.options.non_default()]))
 
 
-class TruncatedCrossEntropyLoss(_Loss):
+class _TruncatedLoss(_Loss):
+    def __init__(self, options: LossOptions):
+        super().__init__(options)
+        self.threshold = options.rule.threshold
+
+    def rule_repr(self) -> str:
+        return f"threshold={self.threshold}"
+
+
+class TruncatedCrossEntropyLoss(_TruncatedLoss):
     """`truncated_cross_entropy` with its threshold and options, which are checked here.
 
     Args:
@@ -28,20 +42,14 @@ class TruncatedCrossEntropyLoss(_Loss):
     """
 
     def __init__(self, threshold: float | Tensor = 0.9, **options):
-        checks.check_threshold(threshold)
-        super().__init__(options)
-        self.threshold = threshold
+        super().__init__(LogitsOptions(rule=Truncated(threshold), **options))
 
     def forward(self, logits: Tensor, target: Tensor, **options) -> Tensor | tuple[Tensor, LossStats]:
         """Loss of logits (..., V) and target (...). Options given here (token_weight, say) go before the module's."""
-        options = {"weight": self.weight, **self.options, **options}
-        return truncated_cross_entropy(logits, target, self.threshold, **options)
-
-    def extra_repr(self) -> str:
-        return ", ".join(filter(None, [f"threshold={self.threshold}", super().extra_repr()]))
+        return logits_loss(logits, target, self._options(Truncated(self.threshold), options))
 
 
-class LinearTruncatedCrossEntropyLoss(_Loss):
+class LinearTruncatedCrossEntropyLoss(_TruncatedLoss):
     """`linear_truncated_cross_entropy` with its threshold and options, which are checked here.
 
     Args:
@@ -49,14 +57,9 @@ class LinearTruncatedCrossEntropyLoss(_Loss):
     """
 
     def __init__(self, threshold: float | Tensor = 0.9, **options):
-        checks.check_threshold(threshold)
         if "inplace" in options:
             raise TypeError("inplace is not an option of the linear loss, which never has all logits")
-        of_chunks = {name: options.pop(name) for name in ("chunk_size", "accumulate_dtype") if name in options}
-        checks.check_chunks(**of_chunks)
-        super().__init__(options)
-        self.options |= of_chunks
-        self.threshold = threshold
+        super().__init__(LinearOptions(rule=Truncated(threshold), **options))
 
     def forward(
         self, input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None = None, **options
@@ -65,13 +68,8 @@ class LinearTruncatedCrossEntropyLoss(_Loss):
 
         Options given here (token_weight, say) go before the module's.
         """
-        options = {"weight": self.weight, **self.options, **options}
-        return linear_truncated_cross_entropy(
-            input, linear_weight, target, self.threshold, linear_bias=linear_bias, **options
-        )
-
-    def extra_repr(self) -> str:
-        return ", ".join(filter(None, [f"threshold={self.threshold}", super().extra_repr()]))
+        options = self._options(Truncated(self.threshold), options)
+        return linear_loss(input, linear_weight, linear_bias, target, options)
 
 
 class FocalCrossEntropyLoss(_Loss):
@@ -82,14 +80,12 @@ class FocalCrossEntropyLoss(_Loss):
     """
 
     def __init__(self, gamma: float = 2.0, *, alpha: float = 1.0, **options):
-        checks.check_focal(gamma, alpha, options.get("label_smoothing", 0.0))
-        super().__init__(options)
+        super().__init__(LogitsOptions(rule=Focal(gamma, alpha), **options))
         self.gamma, self.alpha = gamma, alpha
 
     def forward(self, logits: Tensor, target: Tensor, **options) -> Tensor | tuple[Tensor, LossStats]:
         """Loss of logits (..., V) and target (...). Options given here (token_weight, say) go before the module's."""
-        options = {"weight": self.weight, **self.options, **options}
-        return focal_cross_entropy(logits, target, self.gamma, alpha=self.alpha, **options)
+        return logits_loss(logits, target, self._options(Focal(self.gamma, self.alpha), options))
 
-    def extra_repr(self) -> str:
-        return ", ".join(filter(None, [f"gamma={self.gamma}, alpha={self.alpha}", super().extra_repr()]))
+    def rule_repr(self) -> str:
+        return f"gamma={self.gamma}, alpha={self.alpha}"

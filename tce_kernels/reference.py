@@ -10,26 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .context import has_data
 from .stats import LossStats
 
 
 def truncated_cross_entropy(logits: Tensor, target: Tensor, threshold: float | Tensor = 0.9, **options):
     """phi(s) = -s where s = log p_t <= log(threshold), otherwise the row is dropped. Options of the public function."""
-    log_threshold = torch.as_tensor(threshold, dtype=torch.float64, device=logits.device).log()
-    return _loss(logits, target, lambda s: -s, lambda s: ~(s > log_threshold.to(s.dtype)), **options)
+    return _loss(_given(logits), target, *_truncated(threshold), **options)
 
 
 def focal_cross_entropy(logits: Tensor, target: Tensor, gamma: float = 2.0, *, alpha: float = 1.0, **options):
     """phi(s) = -alpha (1 - p)^gamma s, differentiated through the factor. Options of the public function."""
-
-    def phi(s):
-        if gamma == 0:
-            return -alpha * s
-        # Below s = -100 the factor is 1 in any dtype; at q = 0 loss and derivative are 0. Both keep autograd finite.
-        q = -torch.expm1(s.clamp(min=-100))
-        return torch.where(q == 0, 0 * s, -alpha * torch.where(q == 0, 1, q) ** gamma * s)
-
-    return _loss(logits, target, phi, lambda s: torch.full_like(s, alpha != 0, dtype=torch.bool), **options)
+    return _loss(_given(logits), target, *_focal(gamma, alpha), **options)
 
 
 def linear_truncated_cross_entropy(
@@ -37,19 +29,47 @@ def linear_truncated_cross_entropy(
     linear_bias: Tensor | None = None, **options,
 ):  # fmt: skip
     """`truncated_cross_entropy` of the logits input linear_weight^T + linear_bias."""
-    return truncated_cross_entropy(F.linear(input, linear_weight, linear_bias), target, threshold, **options)
+    return _loss(_made(input, linear_weight, linear_bias), target, *_truncated(threshold), **options)
 
 
 def linear_focal_cross_entropy(
-    input: Tensor, linear_weight: Tensor, target: Tensor, gamma: float = 2.0, *,
+    input: Tensor, linear_weight: Tensor, target: Tensor, gamma: float = 2.0, *, alpha: float = 1.0,
     linear_bias: Tensor | None = None, **options,
 ):  # fmt: skip
     """`focal_cross_entropy` of the logits input linear_weight^T + linear_bias."""
-    return focal_cross_entropy(F.linear(input, linear_weight, linear_bias), target, gamma, **options)
+    return _loss(_made(input, linear_weight, linear_bias), target, *_focal(gamma, alpha), **options)
+
+
+def _truncated(threshold):
+    if not isinstance(threshold, Tensor):
+        return (lambda s: -s), (lambda s: ~(s > s.new_full((), threshold, dtype=torch.float64).log().to(s.dtype)))
+    return (lambda s: -s), (lambda s: ~(s > threshold.double().log().to(s.dtype)))
+
+
+def _focal(gamma, alpha):
+    def phi(s):
+        if gamma == 0:
+            return -alpha * s
+        # Below s = -100 the factor is 1 in any dtype; at q = 0 loss and derivative are 0. Both keep autograd finite.
+        q = -torch.expm1(s.clamp(min=-100))
+        return torch.where(q == 0, 0 * s, -alpha * torch.where(q == 0, 1, q) ** gamma * s)
+
+    return phi, lambda s: torch.full_like(s, alpha != 0, dtype=torch.bool)
+
+
+# Where logits come from: functions of the rows that are dead, whose NaN must not reach a gradient as 0 * NaN.
+
+
+def _given(logits):
+    return lambda dead: logits if dead is None else logits.masked_fill(dead[..., None], 0)
+
+
+def _made(input, weight, bias):
+    return lambda dead: F.linear(input if dead is None else input.masked_fill(dead[..., None], 0), weight, bias)
 
 
 def _loss(
-    logits: Tensor,
+    logits_of,
     target: Tensor,
     phi,
     keep,
@@ -65,9 +85,11 @@ def _loss(
     logit_scale: float = 1.0,
     return_stats: bool = False,
 ):
+    with torch.no_grad():
+        logits = logits_of(None)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     valid = target != ignore_index
     target, bad = _checked(target, valid, logits.shape[-1])
-    dtype = torch.promote_types(logits.dtype, torch.float32)
     row_weight = valid.to(dtype)
     if weight is not None:
         row_weight = row_weight * weight[target].to(dtype)
@@ -78,34 +100,39 @@ def _loss(
         z = logits.to(dtype) * logit_scale
         return z if softcap is None else softcap * torch.tanh(z / softcap)
 
-    # A row without weight may hold NaN, which 0 * NaN would carry into its gradient.
-    z = transformed(logits.masked_fill((row_weight == 0)[..., None], 0))
+    def log_prob(log_probs):
+        return log_probs.gather(-1, target[..., None]).squeeze(-1).masked_fill(bad, math.nan)
+
+    whole = transformed(logits.detach())
+    kept = keep(log_prob(F.log_softmax(whole, dim=-1))) & (row_weight != 0)
+    divisor, dead = row_weight.new_ones(()), row_weight == 0
+    if reduction == "mean":
+        by_kept = isinstance(denominator, str) and denominator == "kept"
+        if isinstance(denominator, str):
+            divisor = torch.where(kept if by_kept else valid, row_weight, 0).sum()
+        else:
+            is_tensor = isinstance(denominator, Tensor)
+            divisor = denominator.to(dtype) if is_tensor else row_weight.new_full((), denominator)
+        dead = dead | (divisor == 0)
+        kept = kept if by_kept else kept & ~dead
+
+    z = transformed(logits_of(dead))
     log_probs = F.log_softmax(z, dim=-1)
-    s = log_probs.gather(-1, target[..., None]).squeeze(-1).masked_fill(bad, math.nan)
-    kept = keep(s) & (row_weight != 0)
-    loss = (1 - label_smoothing) * phi(s)
+    loss = (1 - label_smoothing) * phi(log_prob(log_probs))
     if label_smoothing:
         loss = loss - label_smoothing * log_probs.mean(-1)
     if z_loss:
         loss = loss + z_loss * z.logsumexp(-1) ** 2
-    loss = torch.where(kept, row_weight * loss, 0)
-
+    loss = torch.where(kept & ~dead, row_weight * loss, 0)
     if reduction != "none":
-        loss = loss.sum()
-    if reduction == "mean":
-        if isinstance(denominator, str):
-            counted = kept if denominator == "kept" else valid
-            denominator = torch.where(counted, row_weight, 0).sum()
-        denominator = torch.as_tensor(denominator, dtype=loss.dtype, device=loss.device)
-        empty = denominator == 0
-        loss = torch.where(empty, 0, loss / denominator.masked_fill(empty, 1))
-    return (loss, _stats(transformed(logits.detach()), target, bad, valid, kept)) if return_stats else loss
+        loss = loss.sum() / divisor.masked_fill(divisor == 0, 1)
+    return (loss, _stats(whole, target, bad, valid, kept)) if return_stats else loss
 
 
 def _checked(target: Tensor, valid: Tensor, V: int) -> tuple[Tensor, Tensor]:
     """Targets that can be indexed with, and which of them stand for one that is out of range."""
     bad = valid & ((target < 0) | (target >= V))
-    if target.device.type == "cpu" and not torch.compiler.is_compiling() and bad.any():
+    if target.device.type == "cpu" and has_data(target) and bad.any():
         position = bad.nonzero()[0].tolist()
         raise IndexError(
             f"target must be in [0, {V}) or ignore_index, got {target[bad][0].item()} at position {position}"

@@ -30,15 +30,17 @@ class LossStats(NamedTuple):
     n_valid: Tensor
     n_kept: Tensor
 
+    # Shares are in the dtype of log_prob: a quotient of integers would have the default one, whatever that is.
+
     @property
     def truncated_fraction(self) -> Tensor:
         """Share of the valid rows that were dropped; 0 if no row is valid."""
-        return (self.n_valid - self.n_kept) / self.n_valid.clamp(min=1)
+        return (self.n_valid - self.n_kept).to(self.log_prob.dtype) / self.n_valid.clamp(min=1)
 
     @property
     def accuracy(self) -> Tensor:
         """Share of the valid rows whose target has the largest logit; 0 if no row is valid."""
-        return self.correct.sum() / self.n_valid.clamp(min=1)
+        return self.correct.sum().to(self.log_prob.dtype) / self.n_valid.clamp(min=1)
 
     @property
     def mean_confidence(self) -> Tensor:
@@ -47,10 +49,11 @@ class LossStats(NamedTuple):
 
 
 def from_rows(rows: Tensor, valid: Tensor) -> LossStats:
+    """Statistics in memory of their own: whoever changes them changes nothing that backward needs."""
     kept = rows[COEF] != 0
     return LossStats(
-        log_prob=rows[LOG_PROB],
-        lse=rows[LSE],
+        log_prob=rows[LOG_PROB].clone(),
+        lse=rows[LSE].clone(),
         kept=kept,
         correct=rows[CORRECT] != 0,
         valid=valid,

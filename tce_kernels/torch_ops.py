@@ -22,18 +22,18 @@ def compute_dtype(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
-def _rule(log_prob, param, alpha, rule):
+def _rule(log_prob, param, form):
     """s = log p_t -> (phi, coef), with coef = -dphi / ds."""
-    if rule == "truncated":  # param = log(threshold)
+    if form.rule == "truncated":  # param = log(threshold)
         kept = ~(log_prob > param)  # a NaN row is kept, so that NaN reaches the loss
         return torch.where(kept, -log_prob, 0.0), kept.to(log_prob.dtype)
     p, q = log_prob.exp(), -log_prob.expm1()  # param = gamma
-    modulation = alpha * q**param
+    modulation = form.alpha * q**param
     # p s / q tends to -1 as p tends to 1, and p s to 0 as p tends to 0.
     slope = torch.where(p == 0, 0.0, p * log_prob) / q
     slope = torch.where(q == 0, -1.0, slope)
     coef = modulation * (1 - param * slope)
-    if alpha > 0:  # p < 1, whatever it rounds to: underflow must not look like a dropped row
+    if form.alpha > 0:  # p < 1, whatever it rounds to: underflow must not look like a dropped row
         coef = torch.where(coef < TINY, TINY, coef)
     return -modulation * log_prob, coef
 
@@ -55,11 +55,11 @@ def _blocks(logits, step):
 class _Block:
     """Rows [R, V] under work: z, and its softmax, in memory that every block of the tensor uses again."""
 
-    def __init__(self, logits, logit_scale, softcap):
+    def __init__(self, logits, form):
         _, inner, V = logits.shape
-        self.logit_scale, self.softcap = logit_scale, softcap
+        self.form = form
         dtype = compute_dtype(logits.dtype)
-        self.as_stored = _is_z(logits, logit_scale, softcap)
+        self.as_stored = _is_z(logits, form)
         # z takes as much memory as its softmax, unless it is the logits.
         self.n_rows = max((BLOCK_LOGITS if self.as_stored else BLOCK_LOGITS // 2) // V, 1)
         self.p_memory = torch.empty(min(self.n_rows, inner), V, dtype=dtype, device=logits.device)
@@ -70,41 +70,40 @@ class _Block:
         z = x
         if not self.as_stored:
             z = self.z_memory[: len(x)].copy_(x)
-            if self.logit_scale != 1.0:
-                z *= self.logit_scale
-            if self.softcap is not None:
-                z.div_(self.softcap).tanh_().mul_(self.softcap)
+            if self.form.logit_scale != 1.0:
+                z *= self.form.logit_scale
+            if self.form.softcap is not None:
+                z.div_(self.form.softcap).tanh_().mul_(self.form.softcap)
         return z, self.p_memory[: len(x)]
 
 
-def _is_z(logits, logit_scale, softcap):
+def _is_z(logits, form):
     """Whether the logits as stored are already z, in the dtype of the computation."""
-    return logits.dtype == compute_dtype(logits.dtype) and softcap is None and logit_scale == 1.0
+    return logits.dtype == compute_dtype(logits.dtype) and form.softcap is None and form.logit_scale == 1.0
 
 
-def _write_gradient(
-    out, selected, p, z, target, row_grad, rows, *, z_loss, label_smoothing, softcap, logit_scale
-):  # fmt: skip
+def _write_gradient(out, selected, p, z, target, row_grad, rows, form):
     """Write the gradient to the selected rows of out [R, V], which may be the logits, and zeros to the others.
 
     p, the softmax of those rows, is lost; so is z, which only a softcap needs.
     """
     V = out.shape[1]
     coef = rows[COEF]
-    row_grad = torch.where(coef == 0, 0, row_grad * logit_scale)
+    row_grad = torch.where(coef == 0, 0, row_grad * form.logit_scale)
     of_target = row_grad * coef
-    of_p = of_target + 2 * z_loss * row_grad * rows[LSE] if z_loss else of_target
-    if (row_grad == 0).logical_and_(rows[LSE].isfinite().logical_not_()).any():
-        p[row_grad == 0] = 0  # a row of zero weight that holds NaN: 0 * NaN would stay NaN
+    of_p = of_target + 2 * form.z_loss * row_grad * rows[LSE] if form.z_loss else of_target
 
     in_place = selected is None and out.dtype == p.dtype
     gradient = torch.mul(p, of_p[:, None], out=out if in_place else p)
-    if label_smoothing:
-        gradient -= (of_target * label_smoothing / V)[:, None]
-        of_target = of_target * (1 - label_smoothing)
+    if form.label_smoothing:
+        gradient -= (of_target * form.label_smoothing / V)[:, None]
+        of_target = of_target * (1 - form.label_smoothing)
     gradient[torch.arange(len(target), device=target.device), target.clamp(0, V - 1)] -= of_target
-    if softcap is not None:
-        gradient *= z.div_(softcap).square_().neg_().add_(1)
+    if form.softcap is not None:
+        gradient *= z.div_(form.softcap).square_().neg_().add_(1)
+    unseen = (row_grad == 0) & ~rows[LSE].isfinite()
+    if unseen.any():  # a row of zero weight that holds NaN: 0 * NaN would stay NaN
+        gradient[unseen] = 0
     if selected is not None:
         out.zero_()
         out[selected] = gradient.to(out.dtype)
@@ -112,103 +111,89 @@ def _write_gradient(
         out.copy_(gradient)
 
 
-def _losses(z, p_memory, target, row_scale, param, rule, alpha, z_loss, label_smoothing):
+def _losses(z, p_memory, target, row_scale, param, form):
     """Loss [R], rows [6, R] and softmax of z [R, V], none ignored. p_memory may be z, which is then lost."""
     V = z.shape[1]
     index = target.clamp(0, V - 1)[:, None]
     row_max, target_z = z.amax(1), z.gather(1, index).squeeze(1)
-    mean_z = z.mean(1) if label_smoothing else None
+    mean_z = z.mean(1) if form.label_smoothing else None
     p = torch.softmax(z, 1, out=p_memory)
     target_p = p.gather(1, index).squeeze(1)
-    if (target_p > 1e-30).all():
-        log_sum = target_z - row_max - target_p.log()
-    else:  # the target's p says nothing about the sum: it has underflowed, or is NaN
-        log_sum = -p.amax(1).log()
+    log_sum = target_z - row_max - target_p.log()
+    underflowed = ~(target_p > 1e-30)  # or NaN: there the target's p says nothing about the sum
+    if underflowed.any():
+        log_sum[underflowed] = -p[underflowed].amax(1).log()
     target_z = torch.where((target >= 0) & (target < V), target_z, math.nan)
-    lse = row_max + log_sum
+    lse = torch.where(row_max == -math.inf, row_max, row_max + log_sum)
     log_prob = target_z - row_max - log_sum
     log_prob = torch.where(log_prob > 0, 0, log_prob)  # rounding above 0 must not drop a row at threshold 1
-    phi, coef = _rule(log_prob, param, alpha, rule)
+    phi, coef = _rule(log_prob, param, form)
     coef = torch.where(log_prob.isnan(), log_prob, coef)
     coef = torch.where(row_scale == 0, 0, coef)
-    if label_smoothing:
-        phi = (1 - label_smoothing) * phi + label_smoothing * (lse - mean_z)
-    if z_loss:
-        phi = phi + z_loss * lse * lse
+    if form.label_smoothing:
+        phi = (1 - form.label_smoothing) * phi + form.label_smoothing * (lse - mean_z)
+    if form.z_loss:
+        phi = phi + form.z_loss * lse * lse
     loss = torch.where(coef == 0, 0, row_scale * phi)
     correct = (target_z == row_max) & ~log_prob.isnan()
     return loss, torch.stack([log_prob, lse, coef, row_max, log_sum.exp(), correct.to(loss.dtype)]), p
 
 
-def loss_and_dlogits(
-    logits, target, row_scale, param, out, *,
-    rule, alpha, ignore_index, z_loss, label_smoothing, softcap, logit_scale,
-):  # fmt: skip
+def loss_and_dlogits(logits, target, row_scale, param, form, out):
     """`row_loss`, and `dlogits` to `out` for an upstream gradient of 1, in one pass; no gradient if `out` is None."""
     N = target.numel()
     dtype = compute_dtype(logits.dtype)
     loss = torch.zeros(N, dtype=dtype, device=logits.device)
     rows = torch.zeros(N_FIELDS, N, dtype=dtype, device=logits.device)
-    block = _Block(logits, logit_scale, softcap)
+    block = _Block(logits, form)
     for row, index in _blocks(logits, block.n_rows):
-        live = target[row] != ignore_index
+        live = target[row] != form.ignore_index
         selected = None if live.all() else live
         z, p_memory = block.load(_select(logits[index], selected))
         block_target, block_scale = _select(target[row], selected), _select(row_scale[row], selected)
-        loss[row][live], block_rows, p = _losses(
-            z, p_memory, block_target, block_scale, param, rule, alpha, z_loss, label_smoothing
-        )
+        loss[row][live], block_rows, p = _losses(z, p_memory, block_target, block_scale, param, form)
         rows[:, row][:, live] = block_rows
         if out is not None:
-            _write_gradient(
-                out[index], selected, p, z, block_target, block_scale, block_rows,
-                z_loss=z_loss, label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale,
-            )  # fmt: skip
+            _write_gradient(out[index], selected, p, z, block_target, block_scale, block_rows, form)
     return loss, rows
 
 
-def row_loss(logits, target, row_scale, param, **options):
+def row_loss(logits, target, row_scale, param, form):
     """logits [outer, inner, V], target and row_scale [N], param [] -> loss [N] and rows [6, N]."""
-    return loss_and_dlogits(logits, target, row_scale, param, None, **options)
+    return loss_and_dlogits(logits, target, row_scale, param, form, None)
 
 
-def dlogits(logits, target, row_grad, rows, out, *, softcap, logit_scale, **options):
+def dlogits(logits, target, row_grad, rows, form, out):
     """Write the gradient for row_grad [N] = upstream gradient * row_scale to out, which may be the logits."""
-    block = _Block(logits, logit_scale, softcap)
+    block = _Block(logits, form)
     for row, index in _blocks(logits, block.n_rows):
         wanted = (rows[COEF, row] != 0) & (row_grad[row] != 0)
         selected = None if wanted.all() else wanted
         z, p_memory = block.load(_select(logits[index], selected))
         _write_gradient(
             out[index], selected, torch.softmax(z, 1, out=p_memory), z, _select(target[row], selected),
-            _select(row_grad[row], selected), rows[:, row] if selected is None else rows[:, row][:, selected],
-            softcap=softcap, logit_scale=logit_scale, **options,
+            _select(row_grad[row], selected), rows[:, row] if selected is None else rows[:, row][:, selected], form,
         )  # fmt: skip
 
 
-def loss_and_kept_dlogits(
-    logits, target, row_scale, param, *, rule, alpha, ignore_index, z_loss, label_smoothing, softcap, logit_scale
-):
+def loss_and_kept_dlogits(logits, target, row_scale, param, form):
     """Loss and gradient of the logits [1, n, V], no row of which is ignored, for an upstream gradient of 1, packed.
 
     Returns loss [n], rows [6, n] and kept [K]: row i < K of the logits now holds the gradient of row kept[i].
     """
     x = logits[0]
-    of_gradient = dict(z_loss=z_loss, label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale)
     # The softmax takes the place of its logits: on a CPU it is made row by row, each read before it is written.
-    in_place = x.device.type == "cpu" and _is_z(x, logit_scale, softcap)
+    in_place = x.device.type == "cpu" and _is_z(x, form)
     if in_place:
-        loss, rows, _ = _losses(x, x, target, row_scale, param, rule, alpha, z_loss, label_smoothing)
+        loss, rows, _ = _losses(x, x, target, row_scale, param, form)
     else:
-        loss, rows = row_loss(
-            logits, target, row_scale, param, rule=rule, alpha=alpha, ignore_index=ignore_index, **of_gradient
-        )
+        loss, rows = row_loss(logits, target, row_scale, param, form)
     kept = _pack(x, (rows[COEF] != 0).nonzero().squeeze(1))
     packed, of_kept = x[: len(kept)], (target[kept], row_scale[kept], rows[:, kept])
     if in_place:
-        _write_gradient(packed, None, packed, None, *of_kept, **of_gradient)
+        _write_gradient(packed, None, packed, None, *of_kept, form)
     else:
-        dlogits(packed[None], *of_kept, packed[None], **of_gradient)
+        dlogits(packed[None], *of_kept, form, packed[None])
     return loss, rows, kept
 
 

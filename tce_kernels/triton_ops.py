@@ -106,13 +106,11 @@ def _blocks(*tensors):
     }
 
 
-def _flags(softcap, label_smoothing):
-    return {"SOFTCAP": softcap is not None, "SMOOTHING": label_smoothing != 0.0}
+def _flags(form):
+    return {"SOFTCAP": form.softcap is not None, "SMOOTHING": form.label_smoothing != 0.0}
 
 
-def row_loss(
-    logits, target, row_scale, param, *, rule, alpha, ignore_index, z_loss, label_smoothing, softcap, logit_scale
-):
+def row_loss(logits, target, row_scale, param, form):
     """logits [outer, inner, V], target and row_scale [N], param [] -> loss [N] and rows [6, N], both float32."""
     outer, inner, V = logits.shape
     N = outer * inner
@@ -121,22 +119,22 @@ def row_loss(
     if N:
         n_splits = _n_splits(logits)
         split_sums = torch.empty(3 * N * n_splits if n_splits > 1 else 0, dtype=torch.float32, device=logits.device)
-        options = {**_blocks(logits), **_flags(softcap, label_smoothing)}
+        options = {**_blocks(logits), **_flags(form)}
         with _device(logits):
             if n_splits > 1:
                 kernels.split_sums_kernel[(N, n_splits)](
                     logits, target, split_sums, *_strides(logits), inner, N, V,
-                    ignore_index, softcap or 1.0, logit_scale, **options,
+                    form.ignore_index, form.softcap or 1.0, form.logit_scale, **options,
                 )  # fmt: skip
             kernels.row_loss_kernel[(N,)](
                 logits, target, row_scale, param, loss, rows, split_sums, *_strides(logits), inner, N, V,
-                ignore_index, alpha, z_loss, label_smoothing, softcap or 1.0, logit_scale,
-                RULE=rule, N_SPLITS=n_splits, **options,
+                form.ignore_index, form.alpha, form.z_loss, form.label_smoothing, form.softcap or 1.0,
+                form.logit_scale, RULE=form.rule, N_SPLITS=n_splits, **options,
             )  # fmt: skip
     return loss, rows
 
 
-def dlogits(logits, target, row_grad, rows, out, *, z_loss, label_smoothing, softcap, logit_scale):
+def dlogits(logits, target, row_grad, rows, form, out):
     """Write the gradient for row_grad [N] = upstream gradient * row_scale to out, which may be the logits."""
     outer, inner, V = logits.shape
     N = outer * inner
@@ -144,27 +142,21 @@ def dlogits(logits, target, row_grad, rows, out, *, z_loss, label_smoothing, sof
         with _device(logits):
             kernels.dlogits_kernel[(N, _n_splits(logits))](
                 out, logits, target, row_grad, rows, *_strides(out), *_strides(logits), inner, N, V,
-                z_loss, label_smoothing, softcap or 1.0, logit_scale,
-                **_blocks(logits, out), **_flags(softcap, label_smoothing),
+                form.z_loss, form.label_smoothing, form.softcap or 1.0, form.logit_scale,
+                **_blocks(logits, out), **_flags(form),
             )  # fmt: skip
 
 
-def loss_and_dlogits(
-    logits, target, row_scale, param, out, *,
-    rule, alpha, ignore_index, z_loss, label_smoothing, softcap, logit_scale, fill=True,
-):  # fmt: skip
+def loss_and_dlogits(logits, target, row_scale, param, form, out, fill=True):
     """`row_loss`, and `dlogits` for an upstream gradient of 1, in one launch if there are rows enough for that.
 
     Without `fill` the dropped rows of `out` may stay as they were; with it they become zeros.
     """
     outer, inner, V = logits.shape
     N = outer * inner
-    common = dict(z_loss=z_loss, label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale)
     if N and _n_splits(logits) > 1 and N <= _rows_in_flight(logits):
-        loss, rows = row_loss(
-            logits, target, row_scale, param, rule=rule, alpha=alpha, ignore_index=ignore_index, **common
-        )
-        dlogits(logits, target, row_scale, rows, out, **common)
+        loss, rows = row_loss(logits, target, row_scale, param, form)
+        dlogits(logits, target, row_scale, rows, form, out)
         return loss, rows
     loss = torch.empty(N, dtype=torch.float32, device=logits.device)
     rows = torch.empty(stats.N_FIELDS, N, dtype=torch.float32, device=logits.device)
@@ -173,19 +165,18 @@ def loss_and_dlogits(
         with _device(logits):
             kernels.loss_and_dlogits_kernel[(_n_programs(logits),)](
                 out, logits, target, row_scale, param, loss, rows, *_strides(out), *_strides(logits), inner, N, V,
-                ignore_index, int(fill), alpha, z_loss, label_smoothing, softcap or 1.0, logit_scale,
-                RULE=rule, ONE_BLOCK=V <= options["BLOCK_V"],
-                **options, **_flags(softcap, label_smoothing),
+                form.ignore_index, int(fill), form.alpha, form.z_loss, form.label_smoothing, form.softcap or 1.0,
+                form.logit_scale, RULE=form.rule, ONE_BLOCK=V <= options["BLOCK_V"], **options, **_flags(form),
             )  # fmt: skip
     return loss, rows
 
 
-def loss_and_kept_dlogits(logits, target, row_scale, param, **options):
+def loss_and_kept_dlogits(logits, target, row_scale, param, form):
     """`loss_and_dlogits` over the logits [1, n, V] of a buffer of rows, no row of which is ignored, packed.
 
     Returns loss [n], rows [6, n] and kept [K]: row i < K of the logits now holds the gradient of row kept[i].
     """
-    loss, rows = loss_and_dlogits(logits, target, row_scale, param, logits, fill=False, **options)
+    loss, rows = loss_and_dlogits(logits, target, row_scale, param, form, logits, fill=False)
     is_kept = rows[stats.COEF] != 0
     kept = is_kept.nonzero().squeeze(1)  # here the host waits, to learn K
     K = len(kept)

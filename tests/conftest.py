@@ -13,6 +13,11 @@ if not torch.cuda.is_available():
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def pytest_make_parametrize_id(val):
+    """Readable, and the same in every process: the text of a function holds its address."""
+    return getattr(val, "__name__", None) or str(val)
+
+
 @pytest.fixture
 def device():
     return torch.device(DEVICE)

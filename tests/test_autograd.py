@@ -24,7 +24,7 @@ ONCE = [{}, {"reduction": "sum"}, {"inplace": True}, {"inplace": True, "reductio
 REPEATABLE = [{"allow_retain_graph": True}, {"reduction": "none"}, {"denominator": "kept"}]
 
 
-@pytest.mark.parametrize("options", ONCE, ids=str)
+@pytest.mark.parametrize("options", ONCE)
 @pytest.mark.parametrize("backend", FAST)
 def test_second_backward_raises_and_names_the_way_out(backend, options, device):
     logits, target = make_inputs(N, V, torch.float32, device)
@@ -38,7 +38,7 @@ def test_second_backward_raises_and_names_the_way_out(backend, options, device):
     assert first.ne(0).eq(want.ne(0)).all()
 
 
-@pytest.mark.parametrize("options", REPEATABLE, ids=str)
+@pytest.mark.parametrize("options", REPEATABLE)
 @pytest.mark.parametrize("backend", FAST)
 def test_second_backward_is_right_where_the_logits_are_kept(backend, options, device):
     logits, target = make_inputs(N, V, torch.float32, device)
@@ -52,7 +52,7 @@ def test_second_backward_is_right_where_the_logits_are_kept(backend, options, de
 
 
 @pytest.mark.parametrize("loss", [truncated, focal])
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"inplace": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"inplace": True}])
 @pytest.mark.parametrize("backend", FAST)
 def test_double_backward_says_that_the_reference_has_it(backend, options, loss, device):
     logits, target = make_inputs(N, V, torch.float32, device)
@@ -92,7 +92,7 @@ def test_upstream_gradient_scales_the_gradient(backend, factor, device):
     torch.testing.assert_close(scaled, unit * factor, atol=1e-6, rtol=2 * torch.finfo(torch.bfloat16).eps)
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"denominator": "kept"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"denominator": "kept"}])
 @pytest.mark.parametrize("backend", FAST)
 def test_inplace_takes_the_memory_of_the_logits(backend, options, device):
     logits, target = make_inputs(N, V, torch.float32, device)
@@ -135,8 +135,8 @@ def test_under_activation_checkpointing(backend, device):
     assert torch.equal(torch.autograd.grad(kept, logits)[0], direct[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}])
 @pytest.mark.parametrize("backend", ["reference", *FAST])
 def test_autocast_changes_nothing(backend, options, dtype, device):
     """The policy: logits are used in the dtype they come in, and the loss is float32, inside autocast and outside."""
@@ -178,7 +178,7 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize("options", COMPILED, ids=str)
+@pytest.mark.parametrize("options", COMPILED)
 @pytest.mark.parametrize("backend", ["reference", *FAST])
 def test_compiled_gives_what_eager_gives(backend, options, device):
     torch.compiler.reset()
@@ -203,7 +203,7 @@ def test_compiled_gives_what_eager_gives(backend, options, device):
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="TorchInductor needs a C++ compiler")
-@pytest.mark.parametrize("options", [{}, {"reduction": "none", "z_loss": 0.1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"reduction": "none", "z_loss": 0.1}])
 def test_inductor_gives_what_eager_gives(options, device):
     torch.compiler.reset()
     logits, target = make_inputs(N, V, torch.float32, device)
@@ -320,7 +320,7 @@ def test_the_detector_of_synchronisation_detects():
 
 @needs_triton
 @pytest.mark.parametrize("loss", [truncated, focal])
-@pytest.mark.parametrize("options", [*ONCE, *REPEATABLE, {"denominator": 7.5, "weight": True}], ids=str)
+@pytest.mark.parametrize("options", [*ONCE, *REPEATABLE, {"denominator": 7.5, "weight": True}])
 def test_the_triton_path_does_not_synchronise(options, loss, device, monkeypatch):
     from tce_kernels import kernels
 

@@ -30,7 +30,7 @@ N, D, V = 9, 8, 71
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 7, N, N + 5, "auto"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("loss", LINEAR_LOSSES)
 @pytest.mark.parametrize("backend", FAST)
 def test_matches_the_float64_reference(backend, loss, dtype, chunk_size, device, small_blocks):
@@ -44,7 +44,7 @@ def test_torch_backend_matches_the_reference_in_float64(loss, device, small_bloc
     assert_linear_matches_reference(loss, *inputs, backend="torch", chunk_size=4)
 
 
-@pytest.mark.parametrize("loss, dtype", [(linear_truncated, torch.float32), (linear_focal, torch.float16)], ids=str)
+@pytest.mark.parametrize("loss, dtype", [(linear_truncated, torch.float32), (linear_focal, torch.float16)])
 @pytest.mark.parametrize("backend", FAST)
 def test_every_option_and_every_pair_of_options(backend, loss, dtype, device, small_blocks):
     values = option_values(N, V, device)
@@ -68,7 +68,7 @@ def test_every_option_and_every_pair_of_options(backend, loss, dtype, device, sm
     assert tried > 80
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"allow_retain_graph": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"allow_retain_graph": True}])
 @pytest.mark.parametrize("backend", FAST)
 def test_every_combination_of_frozen_tensors(backend, options, device):
     inputs = make_linear_inputs(N, D, V, torch.float32, device)
@@ -87,7 +87,7 @@ def test_every_combination_of_frozen_tensors(backend, options, device):
                 torch.testing.assert_close(tensor.grad, gradient)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("backend", FAST)
 def test_gradients_are_as_exact_as_pytorch_s_own(backend, share, dtype, device):
@@ -153,7 +153,7 @@ def test_processors_without_16_bit_matmuls(monkeypatch):
                 assert error_of(got, wanted) <= torch.finfo(dtype).eps / 2 + 1e-5
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}])
 def test_autocast_on_processors_without_16_bit_matmuls(options, monkeypatch):
     monkeypatch.setattr(linear, "_supported", lambda dtype, device: torch.promote_types(dtype, torch.float32))
     inputs = make_linear_inputs(N, D, V, torch.float32, "cpu")
@@ -279,7 +279,7 @@ def test_nothing_left(backend, case, reduction, threshold, device):
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("sizes", [(5, 3, 1), (1, 1, 1), (1, 4, 9), (4, 1, 9)], ids=str)
+@pytest.mark.parametrize("sizes", [(5, 3, 1), (1, 1, 1), (1, 4, 9), (4, 1, 9)])
 def test_smallest_sizes(backend, sizes, device):
     inputs = make_linear_inputs(*sizes, torch.float32, device)
     assert_linear_matches_reference(linear_truncated, *inputs, backend=backend)
@@ -318,7 +318,7 @@ def test_rows_of_any_shape_and_stride(backend, device):
     torch.testing.assert_close(one, want)
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}])
 @pytest.mark.parametrize("backend", FAST)
 def test_two_runs_give_the_same_bits(backend, options, device):
     inputs = make_linear_inputs(40, D, V, torch.bfloat16, device)
@@ -344,8 +344,8 @@ def test_float16_gradients_survive_the_mean(backend, device):
         assert error_of(got, want) < 2 * torch.finfo(torch.float16).eps
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}])
 @pytest.mark.parametrize("backend", ["reference", *FAST])
 def test_autocast_multiplies_in_its_dtype(backend, options, dtype, device):
     """As F.linear would: float32 weights with an input of either dtype; gradients in the dtype of their tensors."""
@@ -382,8 +382,8 @@ def memory_beyond(run):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.7])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}])
 def test_memory_is_that_of_a_chunk(options, dtype, share):
     n_rows, vocabulary, chunk_size = 1500, 24000, 300
     input, weight, _, target = make_linear_inputs(n_rows, 16, vocabulary, dtype, "cpu", confident=share)
@@ -434,7 +434,7 @@ def test_triton_packs_the_kept_rows(kept, device):
 ONCE = [{}, {"reduction": "sum"}, {"denominator": "kept"}]
 
 
-@pytest.mark.parametrize("options", ONCE, ids=str)
+@pytest.mark.parametrize("options", ONCE)
 @pytest.mark.parametrize("backend", FAST)
 def test_second_backward_raises_and_names_the_way_out(backend, options, device):
     inputs = make_linear_inputs(N, D, V, torch.float32, device)
@@ -445,7 +445,7 @@ def test_second_backward_raises_and_names_the_way_out(backend, options, device):
         torch.autograd.grad(value, tensors)
 
 
-@pytest.mark.parametrize("options", [{"allow_retain_graph": True}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("options", [{"allow_retain_graph": True}, {"reduction": "none"}])
 @pytest.mark.parametrize("backend", FAST)
 def test_second_backward_is_right_where_gradients_are_made_again(backend, options, device):
     inputs = make_linear_inputs(N, D, V, torch.float32, device)
@@ -459,7 +459,7 @@ def test_second_backward_is_right_where_gradients_are_made_again(backend, option
         torch.testing.assert_close(three, 3 * one)
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}])
 @pytest.mark.parametrize("frozen", [0, 1, 2, None])
 @pytest.mark.parametrize("backend", FAST)
 def test_double_backward_says_that_the_reference_has_it(backend, frozen, options, device):
@@ -473,7 +473,7 @@ def test_double_backward_says_that_the_reference_has_it(backend, frozen, options
             torch.autograd.grad(gradient.square().sum(), tensor, retain_graph=True)
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}])
 @pytest.mark.parametrize("backend", FAST)
 def test_gradients_accumulate_into_grad(backend, options, device):
     """Two backward calls in one step, and weights that the embedding shares."""
@@ -534,8 +534,8 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)], ids=str)
-@pytest.mark.parametrize("options", COMPILED, ids=str)
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)])
+@pytest.mark.parametrize("options", COMPILED)
 @pytest.mark.parametrize("backend", ["reference", *FAST])
 def test_compiled_gives_what_eager_gives(backend, options, needs, device):
     torch.compiler.reset()
@@ -560,7 +560,7 @@ def test_compiled_gives_what_eager_gives(backend, options, needs, device):
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="TorchInductor needs a C++ compiler")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inductor_gives_what_eager_gives(dtype, device):
     torch.compiler.reset()
     *tensors, target = make_linear_inputs(N, D, V, dtype, device)
@@ -590,7 +590,7 @@ def test_operators_pass_opcheck(backend, device):
 
 
 @needs_triton
-@pytest.mark.parametrize("options", [{}, {"denominator": "kept"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"denominator": "kept"}])
 def test_the_host_waits_once_a_chunk(options, device, monkeypatch):
     """Which it does in nonzero, to learn how many rows are left, and nowhere else."""
     inputs = make_linear_inputs(40, D, V, torch.float32, device)

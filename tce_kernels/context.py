@@ -1,0 +1,44 @@
+"""What stands between a call and its memory: compilers, transforms, dispatch modes, tangents, symbolic numbers."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether the tensors are memory and nothing else, so that writing to it, or looking at it, is seen by nobody.
+
+    A compiler, a dispatch mode (selective checkpointing, say), a functional transform or a tensor subclass would not
+    learn of a write that no operator declares.
+    """
+    return not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode() and all(map(has_data, tensors))
+
+
+def has_data(tensor: Tensor) -> bool:
+    """Whether a tensor has numbers to look at: it is neither fake nor on "meta", nor stands for others."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.device.type != "meta"
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def has_tangent(tensor: Tensor | None) -> bool:
+    """Whether forward-mode differentiation goes through a tensor."""
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def graph_is_kept() -> bool:
+    """Within a backward call: whether it leaves the graph for another (retain_graph)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def holds(condition: bool) -> bool:
+    """A condition on numbers or sizes; False where only data, or a guard of the compiler, could tell."""
+    if isinstance(condition, bool) and not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
+
+    return statically_known_true(condition)
