@@ -146,6 +146,10 @@ def _(logits, target, *_):
     return loss, _fake_rows(logits, target), _empty_like(logits)
 
 
+def refuse_tangent(ctx, *_):
+    raise RuntimeError(DOUBLE_BACKWARD)
+
+
 class _RefuseDerivative(Function):
     """Identity on what has no derivative with respect to the tensors that it is tied to: asking for one is an error."""
 
@@ -166,9 +170,7 @@ class _RefuseDerivative(Function):
             raise RuntimeError(DOUBLE_BACKWARD)
         return upstream, *[None] * len(ties_need)
 
-    @staticmethod
-    def jvp(ctx, *_):
-        raise RuntimeError(DOUBLE_BACKWARD)
+    jvp = staticmethod(refuse_tangent)
 
 
 def hand_out(gradient: Tensor, rows: Tensor, upstream: Tensor) -> Tensor:
@@ -232,6 +234,8 @@ class LossAndGradient(Function):
 
     @staticmethod
     def backward(ctx, upstream, *_):
+        if upstream is None:
+            return None, *[None] * ctx.n_constants
         if ctx.handed_out:
             raise RuntimeError(SECOND_BACKWARD)
         if ctx.has_tangent:
@@ -270,6 +274,8 @@ class RowLoss(Function):
 
     @staticmethod
     def backward(ctx, upstream, *_):
+        if upstream is None:
+            return None, *[None] * ctx.n_constants
         if ctx.handed_out:
             raise RuntimeError(SECOND_BACKWARD)
         if ctx.has_tangent:

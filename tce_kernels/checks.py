@@ -98,21 +98,18 @@ def _has_sizes(tensor: Tensor, sizes) -> bool:
     return True
 
 
-def check_logits(logits, *, inplace, backend) -> None:
+def check_logits(logits, backend: str) -> None:
     """Dtype, shape and strides of the logits."""
     check_tensor("logits", logits)
     _floating("logits", logits, backend)
     if logits.dim() == 0 or holds(logits.shape[-1] == 0):
         raise ValueError(f"logits must be (..., V) with at least one class, got shape {_shape(logits)}")
-    if backend == "reference":
-        return
-    if not torch.compiler.is_compiling():  # strides may be unknown until the compiled operator sees them
-        rows_of(logits)
-    if inplace:
-        _writable(logits)
+    if backend != "reference" and not torch.compiler.is_compiling():
+        rows_of(logits)  # when compiled, the operator looks at the strides that it gets
 
 
-def _writable(logits: Tensor) -> None:
+def check_writable(logits: Tensor) -> None:
+    """What `inplace` asks of the logits."""
     if not torch.compiler.is_compiling() and logits.numel() and not are_disjoint(logits):
         raise ValueError(
             f"inplace must be False for logits whose rows share memory, got strides {list(logits.stride())}"
@@ -121,11 +118,11 @@ def _writable(logits: Tensor) -> None:
     if torch.is_grad_enabled() and owner.is_leaf and owner.requires_grad:
         raise ValueError(
             "inplace must be False for logits that are a leaf that requires grad, such as a parameter, or a view of "
-            "one: its values would become its gradient. Compute logits from it, or pass inplace=False"
+            "one: its values would become its gradient. Pass inplace=False"
         )
 
 
-def check_head(input, linear_weight, linear_bias, *, backend) -> None:
+def check_head(input, linear_weight, linear_bias, backend: str) -> None:
     """Dtypes, shapes and devices of what the logits are made from."""
     tensors = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias}
     if linear_bias is None:

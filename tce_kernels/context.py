@@ -21,7 +21,7 @@ def has_data(tensor: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.device.type != "meta"
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and torch._C._has_storage(tensor)
     )
 
 

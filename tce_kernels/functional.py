@@ -216,8 +216,10 @@ def linear_focal_cross_entropy(
 def logits_loss(logits: Tensor, target: Tensor, options: LogitsOptions) -> Tensor | tuple[Tensor, LossStats]:
     """The loss of given logits, whichever it is."""
     backend = _chosen(options.backend, logits)
-    checks.check_logits(logits, inplace=options.inplace, backend=backend)
+    checks.check_logits(logits, backend)
     checks.check_rows(target, options, "logits", logits, logits.shape[-1])
+    if options.inplace and backend != "reference":
+        checks.check_writable(logits)
     if backend == "reference":
         loss = getattr(reference, f"{options.rule.name}_cross_entropy")
         return loss(logits, target, **vars(options.rule), **options.of_reference())
@@ -241,7 +243,7 @@ def linear_loss(
     """The loss of logits that are made here, whichever it is."""
     backend = _chosen(options.backend, input)
     head = input, linear_weight, linear_bias
-    checks.check_head(*head, backend=backend)
+    checks.check_head(*head, backend)
     checks.check_rows(target, options, "input", input, len(linear_weight))
     if backend == "reference":
         loss = getattr(reference, f"linear_{options.rule.name}_cross_entropy")

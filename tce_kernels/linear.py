@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
-from .autograd import address_of, backend_of, check_target, hand_out, is_memory_at, operator, product
+from .autograd import address_of, backend_of, check_target, hand_out, is_memory_at, operator, product, refuse_tangent
 from .checks import is_autocast
 from .context import graph_is_kept, is_plain
 from .layout import flat, rows_of, shaped
@@ -137,7 +137,10 @@ def _through_chunks(
     stride = V if backend == "torch" else -(-V // 16) * 16
     n_waiting, waiting = 0, []
     most_waiting = (chunk_size - 1) // 2 if gradients else 0
-    buffer = head.weight.new_empty(min(len(rows), chunk_size + most_waiting), stride)[:, :V]
+    memory = head.weight.new_empty(min(len(rows), chunk_size + most_waiting), stride)
+    buffer, padding = memory[:, :V], memory[:, V:]
+    if padding.device.type == "cpu":
+        padding.zero_()  # bfloat16 matmuls of some processors read past a row, and count on finding numbers
     with torch.autocast(head.input.device.type, enabled=False):  # the dtypes have been chosen
         for chunk in rows.split(chunk_size):
             logits = buffer[n_waiting : n_waiting + len(chunk)]
@@ -242,8 +245,7 @@ def _fake_gradients(input, weight, dtype, accumulate_dtype, needs):
 
 
 # As if no row were dropped: a bound, since how many are is not known from shapes.
-@register_flop_formula(torch.ops.tce_kernels.linear_loss)
-@register_flop_formula(torch.ops.tce_kernels.linear_gradients)
+@register_flop_formula([torch.ops.tce_kernels.linear_loss, torch.ops.tce_kernels.linear_gradients])
 def _flops(input_shape, weight_shape, *arguments, out_shape=None, **_) -> int:
     *_, needs = arguments
     (V, D), (*leading, _) = weight_shape, input_shape
@@ -334,6 +336,16 @@ def _in_place_of_needed(gradients, needs, rows, upstream):
     return [hand_out(next(gradients), rows, upstream) if needed else None for needed in needs]
 
 
+# torch.compile takes no function with a `jvp` of its own. Forward mode goes another way (functional.linear_loss) unless
+# it goes through the gradient.
+class _EagerLossAndGradients(LinearLossAndGradients):
+    jvp = staticmethod(refuse_tangent)
+
+
+class _EagerRowLoss(LinearRowLoss):
+    jvp = staticmethod(refuse_tangent)
+
+
 def loss_and_rows(
     input: Tensor, weight: Tensor, bias: Tensor | None, *arguments, in_forward: bool
 ) -> tuple[Tensor, Tensor]:
@@ -343,6 +355,9 @@ def loss_and_rows(
     if not any(needs):
         loss, rows, *_ = linear_loss(*tensors, *arguments, needs)
         return loss, rows
-    function = LinearLossAndGradients if in_forward else LinearRowLoss
+    if torch.compiler.is_compiling():
+        function = LinearLossAndGradients if in_forward else LinearRowLoss
+    else:
+        function = _EagerLossAndGradients if in_forward else _EagerRowLoss
     loss, rows, *_ = function.apply(*tensors, *arguments, needs)
     return loss, rows

@@ -95,8 +95,8 @@ def test_upstream_gradient_scales_the_gradient(backend, factor, device):
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"denominator": "kept"}])
 @pytest.mark.parametrize("backend", FAST)
 def test_inplace_takes_the_memory_of_the_logits(backend, options, device):
-    logits, target = make_inputs(N, V, torch.float32, device)
-    logits.requires_grad_()
+    leaf, target = make_inputs(N, V, torch.float32, device)
+    logits = leaf.requires_grad_() * 1
     memory = logits.data_ptr()
     (gradient,) = torch.autograd.grad(truncated(logits, target, backend=backend, inplace=True, **options).sum(), logits)
     assert gradient.data_ptr() == memory
@@ -155,16 +155,14 @@ def test_autocast_changes_nothing(backend, options, dtype, device):
 def test_operators_pass_opcheck(backend, device):
     logits, target = make_inputs(N, V, torch.float32, device)
     logits, target = logits.view(2, 3, V), target.view(2, 3)
-    rows = torch.rand(2, 3, device=device)
+    row_scale = torch.rand(2, 3, device=device)
     param = torch.tensor(-0.5, device=device)
-    options = ("truncated", 1.0, -100, 0.1, 0.2, 5.0, 1.5, backend)
+    form = ("truncated", 1.0, -100, 0.1, 0.2, 5.0, 1.5)
     operators = torch.ops.tce_kernels
-    torch.library.opcheck(operators.row_loss.default, (logits, target, rows, param, *options))
-    out = torch.empty_like(logits)
-    torch.library.opcheck(operators.loss_and_dlogits.default, (logits, target, rows, param, out, *options))
-    saved = operators.row_loss(logits, target, rows, param, *options)[1]
-    torch.library.opcheck(operators.dlogits.default, (logits, target, rows, saved, out, *options[3:]))
-    torch.library.opcheck(operators.scale_.default, (logits.clone(), torch.tensor(0.5, device=device), backend))
+    torch.library.opcheck(operators.row_loss.default, (logits, target, row_scale, param, *form, backend))
+    torch.library.opcheck(operators.loss_and_dlogits.default, (logits, target, row_scale, param, *form, backend))
+    rows = operators.row_loss(logits, target, row_scale, param, *form, backend)[1]
+    torch.library.opcheck(operators.dlogits.default, (logits, target, row_scale, rows, *form, backend))
 
 
 COMPILED = [
@@ -198,8 +196,8 @@ def test_compiled_gives_what_eager_gives(backend, options, device):
     for got, want in zip(run(torch.compile(step, fullgraph=True, backend="aot_eager")), run(step), strict=True):
         if backend == "reference":
             torch.testing.assert_close(got, want)
-        else:
-            assert torch.equal(got, want)
+        else:  # compiled, the gradient of a scalar comes from another kernel, with another pivot of its exponents
+            torch.testing.assert_close(got, want, rtol=4 * torch.finfo(torch.float32).eps, atol=1e-8)
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="TorchInductor needs a C++ compiler")

@@ -25,6 +25,7 @@ from cases import (
 
 import tce_kernels
 from tce_kernels import linear
+from tce_kernels.options import LogitsOptions, Truncated
 
 N, D, V = 9, 8, 71
 
@@ -418,45 +419,46 @@ def test_triton_packs_the_kept_rows(kept, device):
         target = torch.randint(V, (32,), generator=generator).to(device)
         scale = torch.zeros(32).index_fill_(0, torch.randperm(32, generator=generator)[:kept], 1.5).to(device)
         param = torch.tensor(0.0, device=device)
-        options = dict(
-            rule="truncated", alpha=1.0, ignore_index=-100, z_loss=0.0, label_smoothing=0.0, softcap=None,
-            logit_scale=1.0,
-        )  # fmt: skip
+        form = LogitsOptions(rule=Truncated()).form()
         out = torch.empty_like(logits)
-        loss, rows = triton_ops.loss_and_dlogits(logits, target, scale, param, out, **options)
-        packed_loss, packed_rows, order = triton_ops.loss_and_kept_dlogits(logits, target, scale, param, **options)
+        loss, rows = triton_ops.loss_and_dlogits(logits, target, scale, param, form, out)
+        packed_loss, packed_rows, order = triton_ops.loss_and_kept_dlogits(logits, target, scale, param, form)
         assert torch.equal(order.sort().values, scale.nonzero().squeeze(1))
         assert torch.equal(logits[0, :kept], out[0, order])
         assert torch.equal(packed_loss, loss)
         assert torch.equal(packed_rows, rows)
 
 
-ONCE = [{}, {"reduction": "sum"}, {"denominator": "kept"}]
+REPEATED = [{}, {"reduction": "sum"}, {"denominator": "kept"}, {"allow_retain_graph": True}, {"reduction": "none"}]
 
 
-@pytest.mark.parametrize("options", ONCE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("options", REPEATED)
 @pytest.mark.parametrize("backend", FAST)
-def test_second_backward_raises_and_names_the_way_out(backend, options, device):
-    inputs = make_linear_inputs(N, D, V, torch.float32, device)
-    tensors = [tensor.requires_grad_() for tensor in inputs[:3]]
-    value = linear_truncated(*tensors, inputs[3], backend=backend, **options)
-    torch.autograd.grad(3 * value, tensors, retain_graph=True)
-    with pytest.raises(RuntimeError, match="allow_retain_graph=True"):
-        torch.autograd.grad(value, tensors)
-
-
-@pytest.mark.parametrize("options", [{"allow_retain_graph": True}, {"reduction": "none"}])
-@pytest.mark.parametrize("backend", FAST)
-def test_second_backward_is_right_where_gradients_are_made_again(backend, options, device):
-    inputs = make_linear_inputs(N, D, V, torch.float32, device)
+def test_second_backward_is_right_with_retain_graph(backend, options, dtype, device):
+    """Whatever becomes of the gradients that the first one returned."""
+    inputs = make_linear_inputs(N, D, V, dtype, device)
     tensors = [tensor.requires_grad_() for tensor in inputs[:3]]
     value = linear_truncated(*tensors, inputs[3], backend=backend, **options).sum()
     first = torch.autograd.grad(value, tensors, retain_graph=True)
-    third = torch.autograd.grad(3 * value, tensors, retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    four = torch.autograd.grad(4 * value, tensors, retain_graph=True)
+    for gradient in first:
+        gradient.zero_()
     again = torch.autograd.grad(value, tensors)
-    for one, two, three in zip(first, again, third, strict=True):
+    for one, two, other in zip(kept, again, four, strict=True):
         assert torch.equal(one, two)
-        torch.testing.assert_close(three, 3 * one)
+        assert torch.equal(4 * one, other)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_second_backward_without_retain_graph_raises(backend, device):
+    inputs = make_linear_inputs(N, D, V, torch.float32, device)
+    tensors = [tensor.requires_grad_() for tensor in inputs[:3]]
+    value = linear_truncated(*tensors, inputs[3], backend=backend)
+    torch.autograd.grad(3 * value, tensors)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(value, tensors)
 
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}])
@@ -579,13 +581,14 @@ def test_operators_pass_opcheck(backend, device):
     input, target = input.view(2, 3, D), target.view(2, 3)
     row_scale = torch.rand(2, 3, device=device)
     param = torch.tensor(-0.5, device=device)
-    options = (0.1, 0.2, 5.0, 1.5, backend, 2, torch.bfloat16, torch.float32)
+    form = ("truncated", 1.0, -100, 0.1, 0.2, 5.0, 1.5)
+    chunks = (backend, 2, torch.bfloat16, torch.float32)
     operators = torch.ops.tce_kernels
     for needs in ([True] * 3, [False, True, False], [False] * 3):
-        arguments = (input, weight, bias, target, row_scale, param, "truncated", 1.0, -100, *options, needs)
+        arguments = (input, weight, bias, target, row_scale, param, *form, *chunks, needs)
         torch.library.opcheck(operators.linear_loss.default, arguments)
         rows = operators.linear_loss(*arguments)[1]
-        arguments = (input, weight, None, target, row_scale, rows, *options, needs)
+        arguments = (input, weight, None, target, row_scale, rows, *form, *chunks, needs)
         torch.library.opcheck(operators.linear_gradients.default, arguments)
 
 
