@@ -36,6 +36,12 @@ def row_pointer(ptr, row, inner, stride_outer, stride_inner):
 
 
 @triton.jit
+def row_field(rows_ptr, FIELD: tl.constexpr, N, row):
+    """Pointer to a number of `rows` [6, N], with a 64-bit offset."""
+    return rows_ptr + FIELD * tl.cast(N, tl.int64) + row
+
+
+@triton.jit
 def lift(x, logit_scale, softcap, SOFTCAP: tl.constexpr):
     """Logit x as stored -> u in float32, with z = unit * u."""
     u = x.to(tl.float32)
@@ -262,12 +268,12 @@ def store_row(
     coef = tl.where(live & (row_scale != 0.0), coef, 0.0)
     correct = (target_u == row_max) & (log_prob == log_prob)
     tl.store(loss_ptr + row, tl.where(coef == 0.0, 0.0, row_scale * phi))
-    tl.store(rows_ptr + LOG_PROB * N + row, tl.where(live, log_prob, 0.0))
-    tl.store(rows_ptr + LSE * N + row, tl.where(live, lse, 0.0))
-    tl.store(rows_ptr + COEF * N + row, coef)
-    tl.store(rows_ptr + ROW_MAX * N + row, tl.where(live, row_max, 0.0))
-    tl.store(rows_ptr + SUM_EXP * N + row, tl.where(live, sum_exp, 0.0))
-    tl.store(rows_ptr + CORRECT * N + row, tl.where(live & correct, 1.0, 0.0))
+    tl.store(row_field(rows_ptr, LOG_PROB, N, row), tl.where(live, log_prob, 0.0))
+    tl.store(row_field(rows_ptr, LSE, N, row), tl.where(live, lse, 0.0))
+    tl.store(row_field(rows_ptr, COEF, N, row), coef)
+    tl.store(row_field(rows_ptr, ROW_MAX, N, row), tl.where(live, row_max, 0.0))
+    tl.store(row_field(rows_ptr, SUM_EXP, N, row), tl.where(live, sum_exp, 0.0))
+    tl.store(row_field(rows_ptr, CORRECT, N, row), tl.where(live & correct, 1.0, 0.0))
     return lse, coef
 
 
@@ -311,7 +317,7 @@ def write_gradient(
 ):  # fmt: skip
     """Write the gradient of one split of a row."""
     fused_scale, pivot = _fused(scale, row_max)
-    of_fused_exp = of_exp / tl.exp2(tl.fma(row_max, fused_scale, -pivot))  # from the maximum to the rounded pivot
+    of_fused_exp = of_exp * tl.exp2(tl.fma(row_max, -fused_scale, pivot))  # from the maximum to the rounded pivot
     EDGE_V: tl.constexpr = EDGE_LOGITS_PER_THREAD * THREADS
     head, body = _peel(row_ptr, V, BLOCK_V, PEEL)
     body_ptr = _body(row_ptr, head, PEEL)
