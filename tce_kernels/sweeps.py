@@ -19,6 +19,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 TINY = tl.constexpr(1e-37)
 HUGE = tl.constexpr(2.0**31)
+SIGN_BIT = tl.constexpr(-(2**31))
+NEAR_ZERO = tl.constexpr(0.55)
 VECTOR_BYTES = tl.constexpr(16)
 EDGE_LOGITS_PER_THREAD = tl.constexpr(8)  # of masked blocks, so that little of them is wasted
 
@@ -34,13 +36,31 @@ def row_pointer(ptr, row, inner, stride_outer, stride_inner):
 
 
 @triton.jit
+def row_field(rows_ptr, FIELD: tl.constexpr, N, row):
+    """Pointer to a number of `rows` [6, N], with a 64-bit offset."""
+    return rows_ptr + FIELD * tl.cast(N, tl.int64) + row
+
+
+@triton.jit
 def lift(x, logit_scale, softcap, SOFTCAP: tl.constexpr):
     """Logit x as stored -> u in float32, with z = unit * u."""
     u = x.to(tl.float32)
     if SOFTCAP:
-        # tanh from exp, since tl has none: exact at both infinities, and NaN passes.
-        u = 1.0 - 2.0 / (1.0 + tl.exp(u * (2.0 * logit_scale / softcap)))
+        u = _tanh(u * tl.div_rn(tl.cast(logit_scale, tl.float32), tl.cast(softcap, tl.float32)))
     return u
+
+
+@triton.jit
+def _tanh(y):
+    """tanh, which tl has not: within a few eps relative to itself, exact at both infinities; NaN passes."""
+    # Fusion is spelled out: the target's u must have the same bits as among the row's others.
+    far = tl.fma(1.0 / (1.0 + tl.exp2(tl.abs(y) * (2.0 * LOG2_E))), -2.0, 1.0)
+    far = (far.to(tl.int32, bitcast=True) | (y.to(tl.int32, bitcast=True) & SIGN_BIT)).to(tl.float32, bitcast=True)
+    # Next to 0 that cancels, and unit would bring the error to light. There y + y^3 Q(y^2), with the cubic Q of the
+    # least relative error, 4e-8, up to NEAR_ZERO.
+    w = y * y
+    q = tl.fma(tl.fma(tl.fma(w, 0.016437582, -0.052671814), w, 0.13320725), w, -0.33332947)
+    return tl.where(tl.abs(y) < NEAR_ZERO, tl.fma(q * w, y, y), far)
 
 
 @triton.jit
@@ -114,29 +134,44 @@ def _edge(start, head, body, EDGE_V: tl.constexpr, PEEL: tl.constexpr):
 
 
 @triton.jit
-def _pivot(max_u, scale, lowest):
-    """What is subtracted from u * scale in one fused operation: the largest product, unless it is below `lowest`."""
-    return tl.maximum(max_u * scale, lowest)
+def _pivot(max_u, scale):
+    """What is subtracted from u * scale in one fused operation: the largest product, unless it is below -HUGE."""
+    return tl.maximum(max_u * scale, -HUGE)
 
 
 @triton.jit
-def _fitting(scale, row_max):
-    """A scale for exponents (u - row_max) * scale that fused operations get right.
+def _fits(scale, row_max):
+    """Whether a fused operation gets the exponents (u - row_max) * scale right."""
+    return tl.abs(row_max * scale) < HUGE
 
-    Those of logits beyond 2^31 or so are 0 or out of exp2's reach with any scale, and exact with a power of two.
+
+@triton.jit
+def _fused(scale, row_max):
+    """(scale, pivot) for exponents u * scale - pivot <= 0 in one fused operation, right for every maximum.
+
+    A maximum that does not fit leaves the others at least 2^-24 of itself behind, out of exp2's reach with its own
+    scale as with the power of two that brings it to 2^30, of which no product is rounded.
     """
-    power_of_two = (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    return tl.where(tl.abs(row_max * scale) < HUGE, scale, power_of_two)
+    power_of_two = (~row_max.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True) * 2.0**29
+    scale = tl.where(_fits(scale, row_max), scale, power_of_two)
+    return scale, row_max * scale
 
 
 @triton.jit
-def _accumulate(max_u, sum_exp, sum_u, u, mask, scale, lowest, SMOOTHING: tl.constexpr, VECTOR: tl.constexpr):
+def _accumulate(
+    max_u, sum_exp, sum_u, u, mask, scale, FITS: tl.constexpr, SMOOTHING: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """Take one block of u into the maxima and sums [THREADS], one a thread, so that none waits for another."""
     parts: tl.constexpr = (u.shape[0] // (max_u.shape[0] * VECTOR), max_u.shape[0], VECTOR)
     new_max = tl.maximum(max_u, tl.max(tl.max(tl.reshape(u, parts), 2), 0))
-    pivot = _pivot(new_max, scale, lowest)
-    exps = tl.exp2(tl.fma(tl.reshape(u, parts), scale, -pivot[None, :, None]))
-    sum_exp = sum_exp * tl.exp2(_pivot(max_u, scale, lowest) - pivot) + tl.sum(tl.sum(exps, 2), 0)
+    if FITS:
+        pivot = _pivot(new_max, scale)
+        exps = tl.exp2(tl.fma(tl.reshape(u, parts), scale, -pivot[None, :, None]))
+        sum_exp *= tl.exp2(_pivot(max_u, scale) - pivot)
+    else:
+        exps = tl.exp2((tl.reshape(u, parts) - new_max[None, :, None]) * scale)
+        sum_exp *= tl.exp2((max_u - new_max) * scale)
+    sum_exp += tl.sum(tl.sum(exps, 2), 0)
     if SMOOTHING:
         sum_u += tl.sum(tl.sum(tl.reshape(tl.where(mask, u, 0.0), parts), 2), 0)
     return new_max, sum_exp, sum_u
@@ -149,11 +184,11 @@ def sum_of_products(x, y):
 
 
 @triton.jit
-def _sweep_at(
-    row_ptr, V, logit_scale, softcap, scale, lowest, split, n_splits, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr,
-    PEEL: tl.constexpr, VECTOR: tl.constexpr, BLOCK_V: tl.constexpr, THREADS: tl.constexpr,
+def _sweep(
+    row_ptr, V, logit_scale, softcap, scale, split, n_splits, FITS: tl.constexpr, SOFTCAP: tl.constexpr,
+    SMOOTHING: tl.constexpr, PEEL: tl.constexpr, VECTOR: tl.constexpr, BLOCK_V: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """`sweep` for a scale that is known to fit, or of which the result shows that it does not."""
+    """`sweep` for a maximum that fits, or of which the result shows that it does not; otherwise for any maximum."""
     # A finite start: nothing becomes NaN where a whole block is -inf, and a whole row of -inf still does.
     max_u = tl.full([THREADS], LOWEST, tl.float32)
     sum_exp = tl.zeros([THREADS], tl.float32)
@@ -164,7 +199,7 @@ def _sweep_at(
     for start in range(split * BLOCK_V, body, n_splits * BLOCK_V):
         # The row is wanted again for the gradient: let it stay in L2.
         u = lift(_load(body_ptr + start, "evict_last", VECTOR, BLOCK_V), logit_scale, softcap, SOFTCAP)
-        max_u, sum_exp, sum_u = _accumulate(max_u, sum_exp, sum_u, u, True, scale, lowest, SMOOTHING, VECTOR)
+        max_u, sum_exp, sum_u = _accumulate(max_u, sum_exp, sum_u, u, True, scale, FITS, SMOOTHING, VECTOR)
     for start in range(split * EDGE_V, V - body, n_splits * EDGE_V):
         cols = _edge(start, head, body, EDGE_V, PEEL)
         mask = cols < V
@@ -173,17 +208,21 @@ def _sweep_at(
         if SOFTCAP:
             u = tl.where(mask, u, -float("inf"))
         max_u, sum_exp, sum_u = _accumulate(
-            max_u, sum_exp, sum_u, u, mask, scale, lowest, SMOOTHING, 1 if PEEL else VECTOR
+            max_u, sum_exp, sum_u, u, mask, scale, FITS, SMOOTHING, 1 if PEEL else VECTOR
         )
     row_max = tl.max(max_u, 0)
-    pivot = _pivot(row_max, scale, lowest)
-    sum_exp = sum_of_products(sum_exp, tl.exp2(_pivot(max_u, scale, lowest) - pivot))
+    if FITS:
+        pivot = _pivot(row_max, scale)
+        sum_exp = sum_of_products(sum_exp, tl.exp2(_pivot(max_u, scale) - pivot))
+        # From the rounded pivot to the maximum; exactly 1 if that is all there is.
+        sum_exp = tl.div_rn(sum_exp, tl.exp2(tl.fma(row_max, scale, -pivot)))
+    else:
+        sum_exp = sum_of_products(sum_exp, tl.exp2((max_u - row_max) * scale))
     if SMOOTHING:
         row_sum = tl.sum(sum_u, 0)
     else:
         row_sum = 0.0
-    # From the rounded pivot to the maximum; exactly 1 if that is all there is.
-    return row_max, tl.div_rn(sum_exp, tl.exp2(tl.fma(row_max, scale, -pivot))), row_sum
+    return row_max, sum_exp, row_sum
 
 
 @triton.jit
@@ -191,16 +230,17 @@ def sweep(
     row_ptr, V, logit_scale, softcap, scale, split, n_splits, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr,
     PEEL: tl.constexpr, VECTOR: tl.constexpr, BLOCK_V: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """Maximum of u, sum of exp2((u - maximum) scale) and sum of u (label smoothing only) over one split of a row."""
-    # Logits below -2^31 or so are lost beside others, and would be infinite where a thread has nothing else.
-    row_max, sum_exp, sum_u = _sweep_at(
-        row_ptr, V, logit_scale, softcap, scale, -HUGE, split, n_splits,
+    """Maximum of u, sum of exp2((u - maximum) scale) and sum of u (label smoothing only) over one split of a row.
+
+    The sum is 0 and the maximum LOWEST where there is no column, or nothing but -inf.
+    """
+    row_max, sum_exp, sum_u = _sweep(
+        row_ptr, V, logit_scale, softcap, scale, split, n_splits, True,
         SOFTCAP, SMOOTHING, PEEL, VECTOR, BLOCK_V, THREADS,
     )  # fmt: skip
-    fitting = _fitting(scale, row_max)
-    if fitting != scale:
-        row_max, sum_exp, sum_u = _sweep_at(
-            row_ptr, V, logit_scale, softcap, fitting, LOWEST, split, n_splits,
+    if not _fits(scale, row_max):
+        row_max, sum_exp, sum_u = _sweep(
+            row_ptr, V, logit_scale, softcap, scale, split, n_splits, False,
             SOFTCAP, SMOOTHING, PEEL, VECTOR, BLOCK_V, THREADS,
         )  # fmt: skip
     return row_max, sum_exp, sum_u
@@ -228,12 +268,12 @@ def store_row(
     coef = tl.where(live & (row_scale != 0.0), coef, 0.0)
     correct = (target_u == row_max) & (log_prob == log_prob)
     tl.store(loss_ptr + row, tl.where(coef == 0.0, 0.0, row_scale * phi))
-    tl.store(rows_ptr + LOG_PROB * N + row, tl.where(live, log_prob, 0.0))
-    tl.store(rows_ptr + LSE * N + row, tl.where(live, lse, 0.0))
-    tl.store(rows_ptr + COEF * N + row, coef)
-    tl.store(rows_ptr + ROW_MAX * N + row, tl.where(live, row_max, 0.0))
-    tl.store(rows_ptr + SUM_EXP * N + row, tl.where(live, sum_exp, 0.0))
-    tl.store(rows_ptr + CORRECT * N + row, tl.where(live & correct, 1.0, 0.0))
+    tl.store(row_field(rows_ptr, LOG_PROB, N, row), tl.where(live, log_prob, 0.0))
+    tl.store(row_field(rows_ptr, LSE, N, row), tl.where(live, lse, 0.0))
+    tl.store(row_field(rows_ptr, COEF, N, row), coef)
+    tl.store(row_field(rows_ptr, ROW_MAX, N, row), tl.where(live, row_max, 0.0))
+    tl.store(row_field(rows_ptr, SUM_EXP, N, row), tl.where(live, sum_exp, 0.0))
+    tl.store(row_field(rows_ptr, CORRECT, N, row), tl.where(live & correct, 1.0, 0.0))
     return lse, coef
 
 
@@ -276,16 +316,15 @@ def write_gradient(
     PEEL: tl.constexpr, VECTOR: tl.constexpr, BLOCK_V: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of one split of a row."""
-    fitting = _fitting(scale, row_max)
-    pivot = _pivot(row_max, fitting, LOWEST)
-    of_fused_exp = of_exp / tl.exp2(tl.fma(row_max, fitting, -pivot))  # from the maximum to the rounded pivot
+    fused_scale, pivot = _fused(scale, row_max)
+    of_fused_exp = of_exp * tl.exp2(tl.fma(row_max, -fused_scale, pivot))  # from the maximum to the rounded pivot
     EDGE_V: tl.constexpr = EDGE_LOGITS_PER_THREAD * THREADS
     head, body = _peel(row_ptr, V, BLOCK_V, PEEL)
     body_ptr = _body(row_ptr, head, PEEL)
     body_dlogits_ptr = _body(dlogits_ptr, head, PEEL)
     for start in range(split * BLOCK_V, body, n_splits * BLOCK_V):
         u = lift(_load(body_ptr + start, "evict_first", VECTOR, BLOCK_V), logit_scale, softcap, SOFTCAP)
-        gradient = gradient_of(tl.fma(u, fitting, -pivot), u, of_fused_exp, of_ones, SOFTCAP, SMOOTHING)
+        gradient = gradient_of(tl.fma(u, fused_scale, -pivot), u, of_fused_exp, of_ones, SOFTCAP, SMOOTHING)
         # Streaming stores leave the L2 to the logits of the rows in flight.
         tl.store(body_dlogits_ptr + start + tl.arange(0, BLOCK_V), gradient, cache_modifier=".cs")
     for start in range(split * EDGE_V, V - body, n_splits * EDGE_V):
@@ -293,7 +332,7 @@ def write_gradient(
         mask = cols < V
         x = tl.load(row_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_first")
         u = lift(x, logit_scale, softcap, SOFTCAP)
-        gradient = gradient_of(tl.fma(u, fitting, -pivot), u, of_fused_exp, of_ones, SOFTCAP, SMOOTHING)
+        gradient = gradient_of(tl.fma(u, fused_scale, -pivot), u, of_fused_exp, of_ones, SOFTCAP, SMOOTHING)
         tl.store(dlogits_ptr + cols, gradient, mask=mask, cache_modifier=".cs")
     write_target(dlogits_ptr, target, target_u, row_max, of_exp, of_target, of_ones, scale, True, SOFTCAP)
 
