@@ -11,7 +11,7 @@ import pytest
 triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton.runtime.cache import get_cache_manager  # noqa: E402 - after the skip
 
-from benchmarks import devices, sass  # noqa: E402
+from benchmarks.codegen import devices, sass  # noqa: E402
 
 COMMITTED = Path(__file__).parents[1] / "benchmarks/results/codegen.csv"
 IDENTITY = ["path", "phase", "kernel", "layout", "N", "V", "dtype", "flags"]

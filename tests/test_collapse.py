@@ -27,7 +27,7 @@ from benchmarks.collapse import (
     summary,
     vae,
 )
-from benchmarks.transformer import LanguageModel
+from benchmarks.training.transformer import LanguageModel
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from tce_kernels import LossStats, linear_focal_cross_entropy, linear_truncated_cross_entropy
 
 from .. import report
-from ..transformer import LanguageModel, windows
+from ..training.transformer import LanguageModel, windows
 from . import corpus as texts
 from .corpus import Corpus, Items
 from .decoding import DECODERS, rewrite

@@ -18,7 +18,7 @@ from pathlib import Path
 from tabulate import tabulate
 from tqdm import tqdm
 
-from . import UNAVAILABLE, report
+from .. import INTERRUPTED, UNAVAILABLE, report
 from .devices import (
     DEVICES,
     LIMITS,
@@ -228,7 +228,7 @@ def main(arguments: list[str]) -> int:
         launches = compile_all(targets, options, len(cases(args.quick, has_liger)))
     except KeyboardInterrupt:
         print("Interrupted: nothing was saved")
-        return report.INTERRUPTED
+        return INTERRUPTED
 
     devices = [device for device in DEVICES if device.target in targets]
     show([device._asdict() for device in devices])

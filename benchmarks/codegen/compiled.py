@@ -1,6 +1,6 @@
 """Compile, for a GPU that is not there, every kernel that the public functions launch.
 
-    python -m benchmarks.compiled cuda 90 32 [--core] [--liger]
+    python -m benchmarks.codegen.compiled cuda 90 32 [--core] [--liger]
 
 A stand-in takes the place of the driver: Triton specialises and compiles as for a launch, and the launch is left out.
 A process can stand for one target only. Prints one line per case: the JSON list of its launches, each with its grid,
@@ -64,7 +64,7 @@ def compile_for(
     target: str, options: list[str], processes: list[subprocess.Popen], on_case: Callable[[], object]
 ) -> list[dict]:
     """All launches for one target, from a process of its own, which joins `processes` for the caller to end."""
-    command = [sys.executable, "-m", "benchmarks.compiled", *ARGUMENTS[target], *options]
+    command = [sys.executable, "-m", "benchmarks.codegen.compiled", *ARGUMENTS[target], *options]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     launches = []
     with tempfile.TemporaryFile("w+") as errors:
@@ -74,7 +74,7 @@ def compile_for(
             stderr=errors,
             text=True,
             env=environment,
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             start_new_session=True,  # Ctrl-C is the caller's business
         )
         processes.append(process)
@@ -332,7 +332,7 @@ def report(case: Case, target: GPUTarget, known: dict) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen.compiled", description=__doc__)
     parser.add_argument("backend", choices=["cuda", "hip"])
     parser.add_argument("arch")
     parser.add_argument("warp_size", type=int)
