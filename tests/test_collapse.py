@@ -23,6 +23,7 @@ from benchmarks.collapse import (
     gaussian,
     gmm,
     lm,
+    measures,
     published,
     summary,
     vae,
@@ -427,7 +428,7 @@ def test_a_random_mask_drops_as_many_tokens_as_truncation():
 
 def test_saved_items_come_back(tmp_path):
     rows = performed(tiny_run("cross-entropy", lm.REAL, n_items=11), tmp_path)
-    bits = lm.retention({"n_items": 11})(rows)
+    bits = measures.retention({"n_items": 11})(rows)
     assert bits.shape == (2, 11)
     assert bits.mean(1).tolist() == pytest.approx([row["retention"] for row in rows])
 
@@ -446,15 +447,15 @@ def test_a_model_that_knows_the_text_has_the_items_right():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert lm._correct(model, items).all()
+    assert measures.correct(model, items).all()
     swapped = items._replace(tokens=items.tokens.flip(1), ends=items.ends.flip(1))
-    assert not lm._correct(model, swapped).any()
+    assert not measures.correct(model, swapped).any()
 
 
 def test_text_figures():
     """Against counts by hand: two kinds of tokens, one of them gone."""
     real, generated = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1]), torch.zeros(8, dtype=torch.long)
-    found = lm._text_figures(generated, real, 5)
+    found = measures.text_figures(generated, real, 5)
     p, q = np.array([8.5, 0.5]) / 9, np.array([4.5, 4.5]) / 9
     assert found["unigram_kl_generated_real"] == pytest.approx((p * np.log(p / q)).sum())
     assert found["unigram_kl_real_generated"] == pytest.approx((q * np.log(q / p)).sum())

@@ -19,6 +19,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from .. import INTERRUPTED, UNAVAILABLE, report
+from .cases import cases
 from .devices import (
     DEVICES,
     LIMITS,
@@ -216,8 +217,6 @@ def main(arguments: list[str]) -> int:
     if importlib.util.find_spec("triton") is None:
         print("triton is not installed: there is no compiler for the kernels, so codegen has nothing to report")
         return UNAVAILABLE
-
-    from .compiled import cases
 
     targets = ["sm_90"] if args.quick else TARGETS
     has_liger = importlib.util.find_spec("liger_kernel") is not None
