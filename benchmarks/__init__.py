@@ -8,4 +8,5 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # The profiler that counts memory prints a line per run otherwise.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
+INTERRUPTED = 130  # exit status after Ctrl-C
 UNAVAILABLE = 3  # exit status of a subcommand that cannot do without something, and has said what it lacks

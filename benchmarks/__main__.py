@@ -5,18 +5,17 @@ import importlib
 import sys
 from types import ModuleType
 
-from . import UNAVAILABLE
+from . import INTERRUPTED, UNAVAILABLE
 
-# Modules of this package with main(arguments) -> exit status; main(["--quick"]) takes a minute or two.
+# Each with its module, which has main(arguments) -> exit status; main(["--quick"]) takes a minute or two.
 SUBCOMMANDS = {
-    "logits": "time and memory of one loss and its gradient on given logits",
-    "linear": "time and memory of linear layer, loss and gradients, without all logits in memory",
-    "codegen": "what the compiled kernels need and cost on GPUs that are not there",
-    "train": "train a small language model with each loss on Python's own documentation",
-    "collapse": "models trained again and again on their own output, with and without truncation",
+    "logits": ("timing.logits", "time and memory of one loss and its gradient on given logits"),
+    "linear": ("timing.linear", "time and memory of linear layer, loss and gradients, without all logits in memory"),
+    "codegen": ("codegen.command", "what the compiled kernels need and cost on GPUs that are not there"),
+    "train": ("training.train", "train a small language model with each loss on Python's own documentation"),
+    "collapse": ("collapse.command", "models trained again and again on their own output, with and without truncation"),
 }
 EXTRA = {"matplotlib", "scipy", "sklearn", "tabulate", "tokenizers", "tqdm"}
-INTERRUPTED = 130  # exit status after Ctrl-C
 
 
 def main() -> int:
@@ -32,19 +31,19 @@ def main() -> int:
         help="on a GPU: correctness, then logits and linear with memory bandwidth, launches and waits, in 9 minutes",
     )
     subcommands = parser.add_subparsers(title="subcommands", dest="subcommand")
-    for name, summary in SUBCOMMANDS.items():
+    for name, (_, summary) in SUBCOMMANDS.items():
         subcommands.add_parser(name, help=summary, add_help=False)
     # A subcommand parses its own options, so that only its own packages are imported.
     args = parser.parse_args(sys.argv[1:2])
     if args.gpu_report:
-        module = load("gpu")
+        module = load("--gpu-report", "timing.gpu")
         return module.main() if module else 1
     if args.subcommand:
-        module = load(args.subcommand)
+        module = load(args.subcommand, SUBCOMMANDS[args.subcommand][0])
         return module.main(sys.argv[2:]) if module else 1
     worst = 0
-    for name in SUBCOMMANDS:
-        module = load(name)
+    for name, (path, _) in SUBCOMMANDS.items():
+        module = load(name, path)
         status = module.main(["--quick"]) if module else 1
         if status == UNAVAILABLE:
             continue
@@ -54,10 +53,10 @@ def main() -> int:
     return worst
 
 
-def load(name: str) -> ModuleType | None:
-    """None, with a printed line, if one of the packages for benchmarks is not installed."""
+def load(name: str, path: str) -> ModuleType | None:
+    """The module of a subcommand; None, with a printed line, if one of the packages for benchmarks is not installed."""
     try:
-        return importlib.import_module(f"benchmarks.{name}")
+        return importlib.import_module(f"benchmarks.{path}")
     except ModuleNotFoundError as error:
         if error.name not in EXTRA:
             raise

@@ -1,4 +1,4 @@
-"""`pytest benchmarks`: the memory that bench_losses.py counts, below the times that pytest-benchmark prints."""
+"""`pytest benchmarks`: the memory that timing/bench_losses.py counts, below the times that pytest-benchmark prints."""
 
 
 def pytest_terminal_summary(terminalreporter):

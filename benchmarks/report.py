@@ -1,6 +1,7 @@
 """What every benchmark prints and saves: the line that names the machine, tables, CSV files."""
 
 import csv
+import importlib.metadata
 import platform
 import re
 import subprocess
@@ -9,10 +10,7 @@ from pathlib import Path
 import tabulate
 import torch
 
-from .peers import version
-
 ROOT = Path(__file__).parent
-INTERRUPTED = 130  # exit status after Ctrl-C
 tabulate.PRESERVE_WHITESPACE = True  # or numbers without a star would not stand below those with one
 
 
@@ -27,6 +25,14 @@ def describe(device: torch.device) -> str:
         f"{_device_name(device)} | Python {platform.python_version()}, torch {torch.__version__}, "
         f"triton {version('triton') or 'not installed'} | {torch.get_num_threads()} threads | commit {commit()}"
     )
+
+
+def version(distribution: str) -> str | None:
+    """None if it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def results_path(device: torch.device, name: str, partial: bool) -> Path:

@@ -62,7 +62,7 @@ def small_blocks(monkeypatch):
 @pytest.fixture(scope="session")
 def variants():
     """Compiled launches by target; all targets compile side by side from the first test that asks for one."""
-    from benchmarks.compiled import ARGUMENTS, compile_for
+    from benchmarks.codegen.compiled import ARGUMENTS, compile_for
 
     processes = []
     pool = ThreadPoolExecutor(os.cpu_count())

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import correctness, profiles
+from benchmarks.timing import correctness, profiles
 
 SMALL = (60, 257, 1000)
 
@@ -89,7 +89,7 @@ def test_saved_rows_come_back(tmp_path):
 def test_share_of_the_bandwidth():
     for package in ("matplotlib", "tabulate", "tqdm"):
         pytest.importorskip(package, reason="only python -m benchmarks needs it")
-    from benchmarks import gpu
+    from benchmarks.timing import gpu
 
     row = dict(N=1000, V=2000, dtype="bfloat16", ms_p50=1.0)  # 4 MB read and 4 MB written in a millisecond: 8 GB/s
     columns = gpu.roofline(row, gpu.Bandwidth(copy=10e9, peak=16e9))

@@ -2,8 +2,11 @@
 
 import csv
 import functools
+import json
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,10 @@ import pytest
 triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton.runtime.cache import get_cache_manager  # noqa: E402 - after the skip
 
-from benchmarks import devices, sass  # noqa: E402
+from benchmarks.codegen import devices, sass  # noqa: E402
 
-COMMITTED = Path(__file__).parents[1] / "benchmarks/results/codegen.csv"
+ROOT = Path(__file__).parents[1]
+COMMITTED = ROOT / "benchmarks/results/codegen.csv"
 IDENTITY = ["path", "phase", "kernel", "layout", "N", "V", "dtype", "flags"]
 RESOURCES = ["registers", "spills", "stack", "shared", "loads", "stores"]
 
@@ -55,6 +59,34 @@ def test_the_committed_resources_are_those_of_the_kernels(variants, target):
     changes += [f"{identity}: committed, but no longer launched" for identity in rows]
     message = "run `python -m benchmarks codegen` and commit benchmarks/results if this is meant:\n"
     assert not changes, message + "\n".join(changes)
+
+
+ON_A_SLOW_PROCESSOR = """if True:
+    import sys
+    import torch
+    from benchmarks.codegen import compiled
+    from tce_kernels import linear
+
+    every = compiled.cases
+    compiled.cases = lambda *options: [case for case in every(*options) if case.path == compiled.LINEAR]
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert linear._supported(torch.float16, torch.device("cpu")) == torch.float32
+        sys.argv = ["compiled", *compiled.ARGUMENTS["sm_90"]]
+        compiled.main()
+"""
+
+
+def test_the_launches_do_not_depend_on_the_processor(variants):
+    """One that multiplies 16-bit matrices element by element would be given float32 logits."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_SLOW_PROCESSOR], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = [launch for line in done.stdout.splitlines() for launch in json.loads(line)]
+    assert {launch["dtype"] for launch in found} == {"bfloat16", "float16", "float32"}
+    expected = [launch for launch in variants("sm_90") if launch["path"] == "linear, one chunk"]
+    assert found == [{name: x for name, x in launch.items() if name != "target"} for launch in expected]
 
 
 @pytest.mark.parametrize(

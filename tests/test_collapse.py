@@ -23,16 +23,18 @@ from benchmarks.collapse import (
     gaussian,
     gmm,
     lm,
+    measures,
     published,
     summary,
     vae,
 )
-from benchmarks.transformer import LanguageModel
+from benchmarks.training.transformer import LanguageModel
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """As in the engine's processes. Several wait for each other where other work, such as compilers, has the cores."""
+def one_thread_of_the_cpu(monkeypatch):
+    """As in the engine's processes where there is no GPU, whatever else has the cores."""
+    monkeypatch.setattr(report, "default_device", lambda: torch.device("cpu"))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -201,7 +203,10 @@ def test_figure_2_is_reproduced_with_the_models_quantile():
 
 @pytest.mark.parametrize("definition", [gaussian.MODEL, gaussian.SAMPLES])
 def test_the_variance_follows_lambda_squared(definition):
-    """Over 49 generations: the standard error is about 0.02 (of a log-variance) * 7 (of their sum) / 49 / sqrt(8)."""
+    """Over 49 generations: the standard error is about 0.02 (of a log-variance) * 7 (of their sum) / 49 / sqrt(8).
+
+    That is 0.001; lambda instead of lambda^2 is off by 0.1.
+    """
     logs = []
     for run in gaussian.runs(True, 8):
         if (run.setting, run.arm) == (definition, "gamma 0.80"):
@@ -210,24 +215,27 @@ def test_the_variance_follows_lambda_squared(definition):
                 state, _ = gaussian.advance(run, state, generation)
             logs.append(2 * np.log(state / first) / 49)
     predicted = np.log(gaussian.variance_factor(0.8, gaussian.BIAS, definition))
-    assert np.mean(logs) == pytest.approx(predicted, abs=0.002)
+    assert np.mean(logs) == pytest.approx(predicted, abs=0.005)
     assert abs(predicted - np.log(gaussian.variance_factor(0.8, gaussian.BIAS, definition) / gaussian.BIAS)) > 0.1
 
 
 def test_stochastic_gradients_find_the_cap():
-    """To 1e-3, for contexts above, near and below the threshold; drawn targets, so only in the mean over steps."""
+    """For contexts above, near and below the threshold; drawn targets, so only in the mean over steps.
+
+    Over seeds, the largest error is 4e-4 to 9e-4; what is nearest to the threshold is moved by 5e-3.
+    """
     q = torch.tensor([[0.97, 0.02, 0.01], [0.905, 0.09, 0.005], [0.5, 0.3, 0.2]], dtype=torch.float64)
     random = torch.Generator().manual_seed(0)
 
     def draw():
-        targets = torch.multinomial(q, 4096, replacement=True, generator=random)
-        return torch.arange(len(q)).repeat_interleave(4096), targets.flatten()
+        targets = torch.multinomial(q, 1024, replacement=True, generator=random)
+        return torch.arange(len(q)).repeat_interleave(1024), targets.flatten()
 
     found = categorical.descend(torch.zeros(3, 3), draw, ("truncated", 0.9), 2000)
     expected = categorical.cap(q, 0.9)
     torch.testing.assert_close(expected[0], torch.tensor([0.9, 0.2 / 3, 0.1 / 3], dtype=torch.float64))
     torch.testing.assert_close(expected[2], q[2])
-    torch.testing.assert_close(found.double(), expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(found.double(), expected, atol=2e-3, rtol=0)
     torch.testing.assert_close(categorical.cap(expected, 0.9), expected)
 
 
@@ -427,7 +435,7 @@ def test_a_random_mask_drops_as_many_tokens_as_truncation():
 
 def test_saved_items_come_back(tmp_path):
     rows = performed(tiny_run("cross-entropy", lm.REAL, n_items=11), tmp_path)
-    bits = lm.retention({"n_items": 11})(rows)
+    bits = measures.retention({"n_items": 11})(rows)
     assert bits.shape == (2, 11)
     assert bits.mean(1).tolist() == pytest.approx([row["retention"] for row in rows])
 
@@ -446,15 +454,15 @@ def test_a_model_that_knows_the_text_has_the_items_right():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert lm._correct(model, items).all()
+    assert measures.correct(model, items).all()
     swapped = items._replace(tokens=items.tokens.flip(1), ends=items.ends.flip(1))
-    assert not lm._correct(model, swapped).any()
+    assert not measures.correct(model, swapped).any()
 
 
 def test_text_figures():
     """Against counts by hand: two kinds of tokens, one of them gone."""
     real, generated = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1]), torch.zeros(8, dtype=torch.long)
-    found = lm._text_figures(generated, real, 5)
+    found = measures.text_figures(generated, real, 5)
     p, q = np.array([8.5, 0.5]) / 9, np.array([4.5, 4.5]) / 9
     assert found["unigram_kl_generated_real"] == pytest.approx((p * np.log(p / q)).sum())
     assert found["unigram_kl_real_generated"] == pytest.approx((q * np.log(q / p)).sum())
@@ -542,6 +550,7 @@ def test_the_committed_report_follows_from_the_committed_figures(tmp_path, monke
         copy.write_bytes(path.read_bytes())
     for name in ("gaussian", "categorical", "gmm", "vae", "lm", "lm_ratios", "lm_levels", "lm_text"):
         monkeypatch.setattr(summary.figures, name, lambda *arguments: None)  # takes longer than the tables
+    monkeypatch.setattr(fidelity, "DRAWS", 10)  # of the intervals, which are not compared
     assert summary.make(tmp_path) == 0
     assert without_intervals((tmp_path / "report.md").read_text()) == without_intervals(
         (COMMITTED / "report.md").read_text()

@@ -1,9 +1,9 @@
-"""Every kernel variant through the real compiler, for GPUs that need not be there (see benchmarks/compiled.py)."""
+"""Every kernel variant through the real compiler, for GPUs that need not be there: see benchmarks/codegen."""
 
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
-from benchmarks.devices import TARGETS  # noqa: E402 - after the skip
+from benchmarks.codegen.devices import TARGETS  # noqa: E402 - after the skip
 
 NVIDIA = ["sm_80", "sm_90", "sm_100"]
 # Shared memory that one block may have.

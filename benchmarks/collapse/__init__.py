@@ -1,5 +1,1 @@
 """The collapse laboratory: do models that are trained on their own output last longer with truncation?"""
-
-from .command import main
-
-__all__ = ["main"]

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from .. import report
+from .. import INTERRUPTED, report
 from . import categorical, gaussian, gmm, lm, summary, vae
 from .engine import Missing, Run, perform_all
 
@@ -62,7 +62,7 @@ def _run(args: argparse.Namespace, folder: Path, jobs: int) -> int:
             perform_all(EXPERIMENTS, planned(name, args), folder, jobs, name)
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on from the last finished generation.")
-        return report.INTERRUPTED
+        return INTERRUPTED
     except (Missing, ValueError) as error:
         print(f"{name}: {error}")
         return 1

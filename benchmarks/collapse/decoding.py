@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..transformer import LanguageModel
+from ..training.transformer import LanguageModel
 
 AT_ONCE = 1024  # sequences, those of all beams counted
 

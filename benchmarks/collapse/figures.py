@@ -7,7 +7,7 @@ import numpy as np
 
 from .. import plots
 from . import categorical as bigrams
-from . import fidelity, published
+from . import fidelity, measures, published
 from . import gaussian as gaussians
 from . import gmm as mixtures
 from . import lm as language
@@ -128,7 +128,7 @@ def lm(groups: list[Group], heading: list[str], path: Path) -> None:
     figure, panels = plots.new_figure(len(shown), 5)
     arms = all_arms(groups)
     for panel, group in zip(panels, shown, strict=True):
-        curves(panel, group, language.retention(group.config), arms, lambda mean: 100 * mean)
+        curves(panel, group, measures.retention(group.config), arms, lambda mean: 100 * mean)
         panel.axhline(published.LEVEL, color="0.6", linewidth=1)
         floor = np.mean([rows[0]["floor"] for runs in group.arms.values() for rows in runs.values()])
         panel.axhline(100 * floor, color="0.6", linewidth=1, linestyle=":")
@@ -146,10 +146,10 @@ def lm_ratios(groups: list[Group], heading: list[str], path: Path) -> None:
     arms = all_arms(groups)
     for y, (group, arm) in enumerate(pairs):
         colour = line(arms, arm)["color"]
-        measures = [(language.retention(group.config), published.LEVEL / 100)]
+        both = [(measures.retention(group.config), published.LEVEL / 100)]
         if group.setting != f"{language.MAIN_DECODER}, {language.REAL}":
-            measures.append((language.text_fidelity, -language.FAILURE))
-        for panel, (values, level) in zip(panels, measures, strict=False):
+            both.append((measures.text_fidelity, -language.FAILURE))
+        for panel, (values, level) in zip(panels, both, strict=False):
             found = group.ratio(arm, language.CROSS_ENTROPY, values, level)
             panel.plot([found.low, found.high], [y, y], color=colour, linewidth=1.6)
             panel.plot(found.median, y, ">" if found.at_least else "o", color=colour, markersize=5)
@@ -179,10 +179,10 @@ def lm_levels(groups: list[Group], heading: list[str], path: Path) -> None:
     arms = all_arms(groups)
     for i, group in enumerate(shown):
         knowledge, text = panels[2 * i : 2 * i + 2]
-        _over_levels(knowledge, group, arms, language.retention(group.config), RETENTIONS, 100)
+        _over_levels(knowledge, group, arms, measures.retention(group.config), RETENTIONS, 100)
         knowledge.axvline(published.LEVEL, color="0.6", linewidth=1)
         knowledge.set(title=f"{group.setting}:\nknowledge", xlabel="failure: retention below (%)")
-        _over_levels(text, group, arms, language.text_fidelity, -DIVERGENCES, -1)
+        _over_levels(text, group, arms, measures.text_fidelity, -DIVERGENCES, -1)
         text.axvline(language.FAILURE, color="0.6", linewidth=1)
         text.set(title=f"{group.setting}:\ntext", xlabel="failure: KL above (nats)")
     panels[0].set_ylabel("fidelity interval / cross-entropy's, in stages\n(dotted: a lower bound)")

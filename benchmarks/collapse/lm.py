@@ -21,14 +21,13 @@ from torch import Tensor
 from tce_kernels import LossStats, linear_focal_cross_entropy, linear_truncated_cross_entropy
 
 from .. import report
-from ..transformer import LanguageModel, windows
+from ..training.transformer import LanguageModel, windows
 from . import corpus as texts
-from .corpus import Corpus, Items
+from .corpus import Corpus
 from .decoding import DECODERS, rewrite
 from .engine import Experiment, Missing, Run, replace
-from .groups import Values, values_of
+from .measures import cross_entropy, model_figures, text_figures
 
-SMOOTHING = 0.5  # added to counts, so that no frequency is zero
 Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, LossStats]]  # of hidden states, weight of the head, target
 
 
@@ -158,7 +157,7 @@ def begin(run: Run, shared: Path) -> dict:
     else:
         tokens, epochs = text.pretraining.to(_device(model)), config.pretraining_epochs
         figures = _fit(model, tokens, CROSS_ENTROPY, config, epochs, [run.seed], text)
-        figures |= _measures(model, config, text)
+        figures |= model_figures(model, text, config.context)
         replace(path, lambda temporary: torch.save((model.state_dict(), figures), temporary))
     return dict(weights=model.state_dict(), before=figures, rewritten=[])
 
@@ -186,7 +185,7 @@ def advance(run: Run, state: dict, stage: int) -> tuple[dict, dict]:
     )
     tokens = torch.cat(latest[:-1] + originals + latest[-1:])
     figures |= _fit(model, tokens, run.arm, config, config.epochs, [run.seed, stage], text)
-    figures |= _measures(model, config, text)
+    figures |= model_figures(model, text, config.context)
 
     rewritten = []
     for k, split in enumerate(latest):
@@ -194,33 +193,8 @@ def advance(run: Run, state: dict, stage: int) -> tuple[dict, dict]:
         decoder = DECODERS[run.config["decoder"]]
         rewritten.append(rewrite(model, split, decoder, config.prompt, config.block, noise.to(device)))
     if rewritten:
-        figures |= _text_figures(rewritten[0].cpu(), text.splits[0], config.vocabulary)
+        figures |= text_figures(rewritten[0].cpu(), text.splits[0], config.vocabulary)
     return state | dict(weights=model.state_dict(), rewritten=rewritten), figures
-
-
-def _text_figures(generated: Tensor, real: Tensor, V: int) -> dict:
-    """Split 0 as it is now against what it was: token and pair frequencies, vocabulary."""
-    figures = {}
-    for name, n in (("unigram", 1), ("bigram", 2)):
-        counts = []
-        for tokens in (generated, real):
-            code = sum(tokens[i : len(tokens) - n + 1 + i] * V**i for i in range(n))
-            counts.append(code)
-        support, index = torch.cat(counts).unique(return_inverse=True)
-        p, q = (
-            torch.bincount(part, minlength=len(support)).double().add(SMOOTHING)
-            for part in index.split([len(code) for code in counts])
-        )
-        # What neither text has is as frequent in both, and adds nothing.
-        p, q = p / p.sum(), q / q.sum()
-        figures[f"{name}_kl_generated_real"] = (p * (p / q).log()).sum().item()
-        figures[f"{name}_kl_real_generated"] = (q * (q / p).log()).sum().item()
-    pairs = torch.stack([generated[:-1], generated[1:]]).unique(dim=1).shape[1]
-    return figures | dict(
-        vocabulary_used=len(generated.unique()),
-        distinct_pairs=pairs / (len(generated) - 1),
-        copied=(generated == real).double().mean().item(),
-    )
 
 
 def _fit(
@@ -243,7 +217,7 @@ def _fit(
             log_probs.append(stats.log_prob.flatten())
             kept += stats.n_kept
         if arm == EARLY_STOPPING:
-            validation = _cross_entropy(model, text.validation, config.context)
+            validation = cross_entropy(model, text.validation, config.context)
             if validation < best:
                 best, best_weights = validation, copy.deepcopy(model.state_dict())
     if best_weights:
@@ -254,57 +228,6 @@ def _fit(
         above_threshold=(confidence > CONFIDENT).double().mean().item(),
         masked=1 - kept.item() / len(confidence),
     )
-
-
-def _measures(model: LanguageModel, config: Config, text: Corpus) -> dict:
-    """Knowledge retention, each item as a bit, and cross-entropy in nats per token."""
-    correct = _correct(model, text.items)
-    return dict(
-        retention=correct.mean().item(),
-        correct="0x" + np.packbits(correct).tobytes().hex(),
-        other_retention=_correct(model, text.other_items).mean().item(),
-        held_out_cross_entropy=_cross_entropy(model, text.held_out, config.context),
-        split_0_cross_entropy=_cross_entropy(model, text.splits[0], config.context),
-    )
-
-
-def retention(config: dict) -> Values:
-    """Fidelity: of saved figures, which items were right (G, n_items)."""
-
-    def bits(rows: list[dict]) -> np.ndarray:
-        packed = [np.frombuffer(bytes.fromhex(row["correct"].removeprefix("0x")), np.uint8) for row in rows]
-        return np.unpackbits(np.stack(packed), axis=1, count=config["n_items"])
-
-    return bits
-
-
-# Fidelity of the text.
-text_fidelity = values_of("unigram_kl_real_generated", -1)
-
-
-@torch.no_grad()
-def _correct(model: LanguageModel, items: Items) -> np.ndarray:
-    """Of each item, whether the mean log-probability of the real continuation is the higher one."""
-    device = _device(model)
-    tokens, ends = items.tokens.flatten(0, 1).to(device), items.ends.flatten().to(device)
-    scores = []
-    for some, end in zip(tokens.split(128), ends.split(128), strict=True):
-        some = some[:, : end.max()]
-        position = torch.arange(1, some.shape[1], device=device)
-        mask = (position >= items.context) & (position < end[:, None])
-        target = some[:, 1:].where(mask, -100)
-        hidden = model(some[:, :-1])
-        _, stats = linear_truncated_cross_entropy(hidden, model.head.weight, target, 1.0, return_stats=True)
-        scores.append(stats.log_prob.double().sum(1) / mask.sum(1))
-    real, false = torch.cat(scores).view(-1, 2).T
-    return (real > false).cpu().numpy()
-
-
-@torch.no_grad()
-def _cross_entropy(model: LanguageModel, tokens: Tensor, context: int) -> float:
-    inputs, targets = windows(tokens.to(_device(model)), context)
-    hidden = torch.cat([model(some) for some in inputs.split(64)])
-    return linear_truncated_cross_entropy(hidden, model.head.weight, targets, 1.0).item()
 
 
 def _config(run: Run) -> Config:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import report
-from . import categorical, fidelity, figures, gaussian, gmm, groups, lm, published, vae
+from . import categorical, fidelity, figures, gaussian, gmm, groups, lm, measures, published, vae
 from .groups import Group, Values, values_of
 
 REPORT = "report.md"
@@ -240,7 +240,7 @@ def of_lm(found: list[Group], folder: Path) -> list[Section]:
 def _lm_intervals(group: Group) -> list[dict]:
     table = []
     baseline, level = lm.CROSS_ENTROPY, published.LEVEL / 100
-    retention = lm.retention(group.config)
+    retention = measures.retention(group.config)
     for arm in group.arms:
         compared = arm != baseline and baseline in group.arms
         ours = group.sample(arm, retention)
@@ -255,10 +255,10 @@ def _lm_intervals(group: Group) -> list[dict]:
             "text, ratio": "n/a" if compared else "1",
         }
         if group.positions("synthetic_splits")[-1]:
-            text = group.sample(arm, lm.text_fidelity)
+            text = group.sample(arm, measures.text_fidelity)
             row["text, stages"] = fidelity.interval(group.positions(), text, -lm.FAILURE)
             if compared:
-                row["text, ratio"] = group.ratio(arm, baseline, lm.text_fidelity, -lm.FAILURE)
+                row["text, ratio"] = group.ratio(arm, baseline, measures.text_fidelity, -lm.FAILURE)
         table.append(row)
     return table
 
@@ -266,7 +266,7 @@ def _lm_intervals(group: Group) -> list[dict]:
 def _lm_other_ratios(group: Group) -> list[dict]:
     table = []
     baseline, level, stages = lm.CROSS_ENTROPY, published.LEVEL / 100, group.positions()
-    retention = lm.retention(group.config)
+    retention = measures.retention(group.config)
     for arm in group.arms:
         if arm == baseline or baseline not in group.arms:
             continue
@@ -284,8 +284,8 @@ def _lm_other_ratios(group: Group) -> list[dict]:
         splits = group.positions("synthetic_splits")
         if splits[-1]:
             row["knowledge, splits"] = fidelity.ratio(splits, ours, theirs, level)
-            texts = group.sample(baseline, lm.text_fidelity).means[0].mean(0)
-            row["text, midpoint"] = group.ratio(arm, baseline, lm.text_fidelity, (texts[0] + texts[-1]) / 2)
+            texts = group.sample(baseline, measures.text_fidelity).means[0].mean(0)
+            row["text, midpoint"] = group.ratio(arm, baseline, measures.text_fidelity, (texts[0] + texts[-1]) / 2)
         table.append(row)
     return table
 

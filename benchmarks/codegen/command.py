@@ -18,7 +18,8 @@ from pathlib import Path
 from tabulate import tabulate
 from tqdm import tqdm
 
-from . import UNAVAILABLE, report
+from .. import INTERRUPTED, UNAVAILABLE, report
+from .cases import cases
 from .devices import (
     DEVICES,
     LIMITS,
@@ -217,8 +218,6 @@ def main(arguments: list[str]) -> int:
         print("triton is not installed: there is no compiler for the kernels, so codegen has nothing to report")
         return UNAVAILABLE
 
-    from .compiled import cases
-
     targets = ["sm_90"] if args.quick else TARGETS
     has_liger = importlib.util.find_spec("liger_kernel") is not None
     options = ["--core"] * args.quick + ["--liger"] * has_liger
@@ -228,7 +227,7 @@ def main(arguments: list[str]) -> int:
         launches = compile_all(targets, options, len(cases(args.quick, has_liger)))
     except KeyboardInterrupt:
         print("Interrupted: nothing was saved")
-        return report.INTERRUPTED
+        return INTERRUPTED
 
     devices = [device for device in DEVICES if device.target in targets]
     show([device._asdict() for device in devices])

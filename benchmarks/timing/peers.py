@@ -2,12 +2,12 @@
 
 import functools
 import importlib
-import importlib.metadata
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
+from ..report import version
 from .measure import compiles
 
 
@@ -43,14 +43,6 @@ PACKAGES = [
     ),
 ]
 LIGER, QUACK, CUT = PACKAGES
-
-
-def version(distribution: str) -> str | None:
-    """None if it is not installed."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def named(package: Package) -> str:

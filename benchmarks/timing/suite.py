@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import plots, report
+from .. import INTERRUPTED, report
+from . import figures
 from .measure import OURS, Inexact, Observed, Provider, compete
 
 THRESHOLD = 0.9
@@ -92,7 +93,7 @@ def run(
                 longest[new_shape] = max(longest[new_shape], time.perf_counter() - start)
                 report.save(path, heading, results)  # whatever ends a long run, what is done is kept
         except KeyboardInterrupt:
-            status = report.INTERRUPTED
+            status = INTERRUPTED
         except Inexact as error:
             progress.write(f"{in_words(suite, case)}, {OURS}: {error}")
             status = 1
@@ -140,7 +141,7 @@ def draw(suite: Suite, path: Path) -> None:
     """A picture beside the saved rows, if they are of more than one vocabulary."""
     heading, rows = report.load(path)
     if len({row["V"] for row in rows}) > 1:
-        plots.comparison(heading, rows, suite.floor, path.with_suffix(".png"))
+        figures.comparison(heading, rows, suite.floor, path.with_suffix(".png"))
         report.announce(path.with_suffix(".png"))
 
 

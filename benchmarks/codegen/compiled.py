@@ -1,6 +1,6 @@
 """Compile, for a GPU that is not there, every kernel that the public functions launch.
 
-    python -m benchmarks.compiled cuda 90 32 [--core] [--liger]
+    python -m benchmarks.codegen.compiled cuda 90 32 [--core] [--liger]
 
 A stand-in takes the place of the driver: Triton specialises and compiles as for a launch, and the launch is left out.
 A process can stand for one target only. Prints one line per case: the JSON list of its launches, each with its grid,
@@ -8,26 +8,24 @@ constants, compile options and what the compiled kernel needs.
 """
 
 import argparse
-import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
 import tce_kernels
-from tce_kernels import kernels, stats, triton_ops
+from tce_kernels import kernels, linear, stats, triton_ops
 
-from . import sass
+from .cases import EVALUATION, LINEAR, RETAINED, Case, cases
 from .devices import DEVICES
+from .resources import resources, row_work
 
 ARGUMENTS = {
     "sm_80": ("cuda", "80", "32"),
@@ -35,36 +33,14 @@ ARGUMENTS = {
     "sm_100": ("cuda", "100", "32"),
     "gfx942": ("hip", "gfx942", "64"),
 }
-TRAINING, EVALUATION, RETAINED, LINEAR = "loss + gradient", "loss only", "gradient in backward", "linear, one chunk"
-LIGER = "Liger-Kernel"
-VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-FLAGS = (
-    (),
-    ("softcap",),
-    ("smoothing",),
-    ("softcap", "smoothing"),
-    ("focal",),
-    ("focal", "softcap"),
-)
-LAYOUTS = {  # of the rows: V and what pads them. One for each way in which blocks and alignment can come out
-    "aligned": (32000, 0),
-    "peeled": (50257, 0),
-    "unaligned": (50257, 2),  # gradient and logits disagree
-    "one unaligned block": (33, 0),
-    "one aligned block": (2048, 0),
-    "padded to aligned rows": (50257, 47),  # vectors in, but not out
-}
-ROWS = 8192
-FEW_ROWS = 8  # fewer than any GPU has multiprocessors
-CHUNK_ROWS, FEATURES = 512, 16
+FEATURES = 16  # of the linear path's hidden states: no kernel sees them
 
 
 def compile_for(
     target: str, options: list[str], processes: list[subprocess.Popen], on_case: Callable[[], object]
 ) -> list[dict]:
     """All launches for one target, from a process of its own, which joins `processes` for the caller to end."""
-    command = [sys.executable, "-m", "benchmarks.compiled", *ARGUMENTS[target], *options]
+    command = [sys.executable, "-m", "benchmarks.codegen.compiled", *ARGUMENTS[target], *options]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     launches = []
     with tempfile.TemporaryFile("w+") as errors:
@@ -74,7 +50,7 @@ def compile_for(
             stderr=errors,
             text=True,
             env=environment,
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             start_new_session=True,  # Ctrl-C is the caller's business
         )
         processes.append(process)
@@ -85,41 +61,6 @@ def compile_for(
             errors.seek(0)
             raise RuntimeError(f"compiling for {target} failed:\n{errors.read()[-3000:]}")
     return [{"target": target} | launch for launch in launches]
-
-
-class Case(NamedTuple):
-    path: str
-    N: int
-    V: int
-    layout: str
-    dtype: torch.dtype
-    flags: tuple[str, ...] = ()
-    padding: int = 0
-    core: bool = False  # what a row costs is reported too
-    liger: bool = False
-
-
-def cases(core_only: bool, liger: bool) -> list[Case]:
-    """What users launch most, per vocabulary; then every layout, flag and dtype, though not their whole product."""
-    bf16 = torch.bfloat16
-    found = [
-        Case(path, ROWS, V, "given logits", bf16, core=True)
-        for path, V in itertools.product((TRAINING, EVALUATION, RETAINED), VOCABULARIES)
-    ]
-    if liger:
-        found += [Case(TRAINING, ROWS, V, "given logits", bf16, core=True, liger=True) for V in VOCABULARIES]
-    if core_only:
-        return found
-    for dtype, (layout, (V, padding)) in itertools.product(DTYPES, LAYOUTS.items()):
-        with_flags = layout in ("aligned", "peeled", "unaligned", "one unaligned block")
-        for flags in FLAGS if with_flags else FLAGS[:1]:
-            found.append(Case(TRAINING, ROWS, V, layout, dtype, flags, padding))
-        if with_flags and dtype == torch.bfloat16:  # float16 takes this path by itself
-            found.append(Case(RETAINED, ROWS, V, layout, dtype, (), padding))
-    for dtype, V in itertools.product(DTYPES, (32000, 50257)):
-        found.append(Case(TRAINING, FEW_ROWS, V, "few rows", dtype))
-        found.append(Case(LINEAR, CHUNK_ROWS, V, f"chunk of {V}", dtype))
-    return found
 
 
 class Driver:
@@ -172,6 +113,8 @@ def stand_in(target: GPUTarget, name: str, liger: bool) -> None:
         torch.version.hip = "6.0"  # as the user's torch says it there: warps have 64 threads
     device = next(device for device in DEVICES if device.target == name)
     triton_ops.serves = lambda device: True
+    # The dtype of the linear path's matmuls as on a GPU, whatever the processor here multiplies fast.
+    linear._supported = lambda dtype, device: dtype
     triton_ops._device_figures = lambda _: (device.multiprocessors, device.cache_mib * 2**20)
     modules = [kernels]
     if liger:
@@ -235,78 +178,6 @@ def launch_linear(case: Case) -> None:
     triton_ops.loss_and_dlogits = make_rows
 
 
-def resources(compiled, backend: str) -> dict:
-    """What the compiled kernel needs, and how often it reads and writes global memory, by width."""
-    if backend == "hip":
-        return amd_resources(compiled)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage).groups())
-    accesses = re.findall(r"\b(ld|st)\.global\S*?\.((?:v\d\.)?b\d+)", compiled.asm["ptx"])
-    return {
-        "registers": registers,
-        "spills": max(stack, local) // 4,  # registers that spill live in the stack frame, which is local memory
-        "stack": stack,
-        "shared": compiled.metadata.shared,
-        "loads": count(width for kind, width in accesses if kind == "ld"),
-        "stores": count(width for kind, width in accesses if kind == "st"),
-    }
-
-
-def amd_resources(compiled) -> dict:
-    assembly = compiled.asm["amdgcn"]
-
-    def field(name):
-        return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
-
-    accesses = re.findall(r"\b(?:global|buffer|flat)_(load|store)_(\w+)", assembly)
-    return {
-        "registers": field("vgpr_count"),
-        "scalar_registers": field("sgpr_count"),
-        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
-        "stack": field("private_segment_fixed_size"),
-        "shared": compiled.metadata.shared,  # allocated at launch, so the assembly says 0
-        "loads": count(width for kind, width in accesses if kind == "load"),
-        "stores": count(width for kind, width in accesses if kind == "store"),
-    }
-
-
-def count(words) -> dict[str, int]:
-    found = {}
-    for word in words:
-        found[word] = found.get(word, 0) + 1
-    return dict(sorted(found.items()))
-
-
-def row_work(compiled, case: Case, asked: dict) -> dict:
-    """Thread-instructions and special-function operations per logit, of whole rows and of the loops over full blocks.
-
-    Liger-Kernel drops no rows: all cost what a kept one does.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        listing = sass.disassemble(cubin)
-    threads = compiled.metadata.num_warps * 32
-    work = sass.row_work(listing, case.V, threads, case.dtype.itemsize)
-    if not work.persistent and asked["grid"][0] != case.N:
-        raise ValueError(f"neither a program per row nor a loop over rows: {asked}")
-    scale = threads / case.V
-    found = {}
-    for name, row in [("kept", work.kept), ("dropped", work.kept if case.liger else work.dropped)]:
-        found[f"instructions_{name}"] = row and row.instructions * scale
-        found[f"special_functions_{name}"] = row and row.special_functions * scale
-    for role in ("sweep", "gradient"):
-        full = next((loop for loop in work.loops if loop.role == role), None)
-        found[f"{role}_loop_instructions"] = full and full.work.instructions * threads / full.logits
-        found[f"{role}_loop_special_functions"] = full and full.work.special_functions * threads / full.logits
-        found[f"{role}_loop_barriers"] = full and full.work.barriers
-    return found
-
-
 def report(case: Case, target: GPUTarget, known: dict) -> list[dict]:
     """One object per launch of the case; `known` keeps the resources of the kernels seen so far, by hash."""
     launches = []
@@ -315,7 +186,7 @@ def report(case: Case, target: GPUTarget, known: dict) -> list[dict]:
             known[compiled.hash] = resources(compiled, target.backend)
         described = {
             "path": case.path,
-            "provider": LIGER if case.liger else "tce_kernels",
+            "provider": case.provider,
             "N": case.N,
             "V": case.V,
             "layout": case.layout,
@@ -332,7 +203,7 @@ def report(case: Case, target: GPUTarget, known: dict) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen.compiled", description=__doc__)
     parser.add_argument("backend", choices=["cuda", "hip"])
     parser.add_argument("arch")
     parser.add_argument("warp_size", type=int)

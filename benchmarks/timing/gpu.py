@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from . import correctness, linear, logits, report, suite
+from .. import report
+from . import correctness, linear, logits, suite
 from .measure import OURS, clocked, prepare, run
 from .profiles import count_calls
 from .suite import Suite

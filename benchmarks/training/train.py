@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from tce_kernels import LossStats, linear_focal_cross_entropy, linear_truncated_cross_entropy
 
-from . import plots, report
+from .. import INTERRUPTED, plots, report
 from .transformer import LanguageModel, windows
 
 THRESHOLD = 0.9
@@ -177,7 +177,7 @@ def main(arguments: list[str]) -> int:
             training = train(name, train_tokens, steps, args.seed)
             finished.append((training, evaluate(training.model, held_out_tokens)))
     except KeyboardInterrupt:
-        status = report.INTERRUPTED
+        status = INTERRUPTED
     if finished:
         results = [result(*each) for each in finished]
         report.publish(report.results_path(device, "train.csv", args.quick), heading, results, as_table(results))

@@ -1,0 +1,1 @@
+"""Time, memory and correctness of the losses, on the machine that is there."""

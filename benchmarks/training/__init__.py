@@ -1,0 +1,1 @@
+"""A small language model, and what each loss makes of it."""
