@@ -42,9 +42,14 @@ class Truncated:
 
     def param(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """log(threshold) [], rounded once."""
-        if isinstance(self.threshold, Tensor):
-            return self.threshold.detach().double().log().to(dtype)
-        return torch.full((), math.log(self.threshold), dtype=dtype, device=device)
+        threshold = self.threshold
+        if isinstance(threshold, Tensor):
+            threshold = threshold.detach().double()
+        elif torch.compiler.is_compiling():  # as a number it would be part of the graph, which each value makes anew
+            threshold = torch.full((), threshold, dtype=torch.float64, device=device)
+        else:
+            return torch.full((), math.log(threshold), dtype=dtype, device=device)
+        return threshold.log().to(dtype)
 
 
 @dataclass(frozen=True, eq=False)

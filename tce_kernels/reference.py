@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .context import has_data
+from .context import has_data, holds
 from .stats import LossStats
 
 
@@ -48,13 +48,13 @@ def _truncated(threshold):
 
 def _focal(gamma, alpha):
     def phi(s):
-        if gamma == 0:
+        if holds(gamma == 0):
             return -alpha * s
         # Below s = -100 the factor is 1 in any dtype; at q = 0 loss and derivative are 0. Both keep autograd finite.
         q = -torch.expm1(s.clamp(min=-100))
-        return torch.where(q == 0, 0 * s, -alpha * torch.where(q == 0, 1, q) ** gamma * s)
+        return torch.where(q == 0, 0 * s, -alpha * torch.where(q == 0, 1, q) ** s.new_full((), gamma) * s)
 
-    return phi, lambda s: torch.full_like(s, alpha != 0, dtype=torch.bool)
+    return phi, lambda s: (s.new_full((), alpha) != 0).expand_as(s)
 
 
 # Where logits come from: functions of the rows that are dead, whose NaN must not reach a gradient as 0 * NaN.
@@ -119,9 +119,9 @@ def _loss(
     z = transformed(logits_of(dead))
     log_probs = F.log_softmax(z, dim=-1)
     loss = (1 - label_smoothing) * phi(log_prob(log_probs))
-    if label_smoothing:
+    if not holds(label_smoothing == 0):
         loss = loss - label_smoothing * log_probs.mean(-1)
-    if z_loss:
+    if not holds(z_loss == 0):
         loss = loss + z_loss * z.logsumexp(-1) ** 2
     loss = torch.where(kept & ~dead, row_weight * loss, 0)
     if reduction != "none":

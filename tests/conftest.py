@@ -5,7 +5,12 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
+
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if WORKER:
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported: the workers share the cores
+
+import torch  # noqa: E402 - after the number of its threads
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when a kernel is defined, so before any import of it
@@ -16,6 +21,20 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def pytest_make_parametrize_id(val):
     """Readable, and the same in every process: the text of a function holds its address."""
     return getattr(val, "__name__", None) or str(val)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """`pytest` without arguments runs in as many processes as there are cores, if pytest-xdist is installed.
+
+    Not here: what is named on the command line, `pytest benchmarks` among it, and what -n says otherwise.
+    """
+    option = config.option
+    if config.args == ["tests"] and getattr(option, "numprocesses", 0) is None and not WORKER:
+        option.numprocesses, option.maxprocesses = "auto", option.maxprocesses or 4
+        option.dist = "loadgroup"  # all that compiles kernels goes to one process
+        option.benchmark_disable = True  # pytest-benchmark has nothing to do here, and would warn of the others
+        os.environ.setdefault("PYTHONHASHSEED", "0")  # processes have to find the same tests, in the same order
 
 
 @pytest.fixture

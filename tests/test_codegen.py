@@ -16,6 +16,8 @@ from triton.runtime.cache import get_cache_manager  # noqa: E402 - after the ski
 
 from benchmarks.codegen import devices, sass  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group("compiler")  # with all that compiles, which happens once a process
+
 ROOT = Path(__file__).parents[1]
 COMMITTED = ROOT / "benchmarks/results/codegen.csv"
 IDENTITY = ["path", "phase", "kernel", "layout", "N", "V", "dtype", "flags"]

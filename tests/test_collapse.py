@@ -333,9 +333,9 @@ def test_beam_search_against_a_search_without_cache(model, split, penalty):
 
 def test_items_differ_in_one_word():
     text = corpus.read((), corpus.identity(())["sha256"])
-    found = corpus.split(text, 512, 3, 4096, 100, 10, 24, 44)
+    found = corpus.split(text, 512, 3, 4096, 80, 10, 24, 44)
     tokens, ends = found.items.tokens, found.items.ends
-    assert tokens.shape[:2] == (100, 2) and found.other_items.tokens.shape[:2] == (30, 2)
+    assert tokens.shape[:2] == (80, 2) and found.other_items.tokens.shape[:2] == (30, 2)
     assert tokens.shape[2] <= 44
     assert torch.equal(tokens[:, 0, :24], tokens[:, 1, :24])
     assert not (tokens[:, 0] == tokens[:, 1]).all(-1).any()
@@ -360,9 +360,10 @@ def test_a_changed_corpus_is_refused(tmp_path):
         corpus.read((str(path),), identity["sha256"])
 
 
+# Few items: how many a split has depends on the documentation that this Python carries.
 TINY = lm.Config(
     vocabulary=300, D=16, n_blocks=1, n_heads=2, context=48, epochs=2, n_splits=2, split_tokens=1024,
-    prompt=16, block=16, n_items=10, n_other_items=5, item_context=20,
+    prompt=16, block=16, n_items=6, n_other_items=3, item_context=20,
 )  # fmt: skip
 
 
@@ -434,16 +435,16 @@ def test_a_random_mask_drops_as_many_tokens_as_truncation():
 
 
 def test_saved_items_come_back(tmp_path):
-    rows = performed(tiny_run("cross-entropy", lm.REAL, n_items=11), tmp_path)
-    bits = measures.retention({"n_items": 11})(rows)
-    assert bits.shape == (2, 11)
+    rows = performed(tiny_run("cross-entropy", lm.REAL, n_items=9), tmp_path)
+    bits = measures.retention({"n_items": 9})(rows)
+    assert bits.shape == (2, 9)
     assert bits.mean(1).tolist() == pytest.approx([row["retention"] for row in rows])
 
 
 def test_a_model_that_knows_the_text_has_the_items_right():
     """And one that knows the false words has none, whatever the lengths; scores are of the words asked for alone."""
     text = corpus.read((), corpus.identity(())["sha256"])
-    items = corpus.split(text, 300, 2, 1024, 10, 5, 20, 48).items
+    items = corpus.split(text, 300, 2, 1024, 6, 3, 20, 48).items
     torch.manual_seed(0)
     model = LanguageModel(300, 48, D=64, n_blocks=1, n_heads=2)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)

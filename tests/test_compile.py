@@ -5,6 +5,8 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 from benchmarks.codegen.devices import TARGETS  # noqa: E402 - after the skip
 
+pytestmark = pytest.mark.xdist_group("compiler")  # with all that compiles, which happens once a process
+
 NVIDIA = ["sm_80", "sm_90", "sm_100"]
 # Shared memory that one block may have.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}

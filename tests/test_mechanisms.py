@@ -353,38 +353,38 @@ def test_rows_chosen_by_masks_in_a_compiled_graph(backend, linear, device):
         compiled(step)(x, mask, mask | True)
 
 
-NUMBERS = ("denominator", "z_loss", "logit_scale", "softcap", "label_smoothing")
+NUMBERS = {  # a value, and what it changes by from call to call
+    "denominator": (100, 1), "z_loss": (0.01, 0.001), "logit_scale": (1.3, 0.1), "softcap": (9.1, 0.1),
+}  # fmt: skip
+OF_ONE = {"truncated": {"threshold": (0.5, 0.03), "label_smoothing": (0.1, 0.01)},
+          "focal": {"gamma": (1.1, 0.1), "alpha": (0.5, 0.1)}}  # fmt: skip
 
 
-@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("case", [CASES[0], ("focal", {}), LINEAR_CASES[0]])
 @pytest.mark.parametrize("backend", ["reference", *FAST])
-def test_numbers_read_from_tensors_in_a_compiled_graph(backend, linear, device):
-    call, x = make(LINEAR_CASES[0] if linear else CASES[0], device)
+def test_numbers_in_a_compiled_graph(backend, case, device):
+    """They neither recompile when they change, nor need they be known when the graph is made."""
+    call, x = make(case, device)
+    numbers = NUMBERS | OF_ONE[case[0].removeprefix("linear_")]
+    values = [[value + i * change for value, change in numbers.values()] for i in range(10)]
 
-    def step(x, numbers):
-        return call(x, backend=backend, **{name: number.item() for name, number in zip(NUMBERS, numbers, strict=True)})
+    def step(x, *values):
+        return call(x, backend=backend, **dict(zip(numbers, values, strict=True)))
 
-    numbers = torch.tensor([7.0, 0.01, 1.3, 9.0, 0.1])
-    with torch._dynamo.config.patch(capture_scalar_outputs=True):
-        got = gradient(lambda x: compiled(step)(x, numbers), x)
-    close(got, gradient(lambda x: step(x, numbers), x))
-
-
-@pytest.mark.parametrize("linear", [False, True])
-@pytest.mark.parametrize("backend", ["reference", *FAST])
-def test_numbers_that_change_do_not_recompile(backend, linear, device):
     torch.compiler.reset()
-    call, x = make(LINEAR_CASES[0] if linear else CASES[0], device)
     counter = CompileCounter()
-
-    @torch.compile(fullgraph=True, backend=counter)
-    def step(x, *numbers):
-        return call(x, backend=backend, **dict(zip(NUMBERS, numbers, strict=True)))
-
-    for i in range(10):
-        numbers = (100 + i, 0.01 + 0.001 * i, 1.3 + 0.1 * i, 9.1 + 0.1 * i, 0.1 + 0.01 * i)
-        close(step(x, *numbers), call(x, backend=backend, **dict(zip(NUMBERS, numbers, strict=True))))
+    changing = torch.compile(step, fullgraph=True, backend=counter)
+    for some in values:
+        close(changing(x, *some), step(x, *some))
     assert counter.frame_count <= 2
+
+    def read(x, tensor):
+        return step(x, *[number.item() for number in tensor])
+
+    tensor = torch.tensor(values[3])
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        got = gradient(lambda x: compiled(read)(x, tensor), x)
+    close(got, gradient(lambda x: read(x, tensor), x))
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], *LINEAR_CASES[::2]])

@@ -197,21 +197,33 @@ def test_the_code_of_the_readme_runs():
         exec(compile(block, "README.md", "exec"), namespace)
 
 
-def test_the_readme_names_files_that_exist():
-    text = (ROOT / "README.md").read_text()
-    tree = re.search(r"```text\n(.*?)```", text, re.DOTALL).group(1)
-    folder, named = ROOT, set()
-    for line in tree.splitlines():
-        name = line.split()[0]
-        folder = folder if line.startswith(" ") else ROOT
-        if name.endswith("/"):
-            folder = ROOT / name
-        else:
-            named.add((folder / name).relative_to(ROOT))
-        assert (folder if name.endswith("/") else folder / name).exists(), name
-    sources = {
-        path.relative_to(ROOT)
-        for folder in ("tce_kernels", "benchmarks", "tests")
-        for path in (ROOT / folder).rglob("*.py")
-    }
-    assert {path for path in sources - named if path.name != "__init__.py"} <= {Path("tests/conftest.py")}
+TREES = {"README.md": ROOT, "benchmarks/README.md": ROOT / "benchmarks"}
+
+
+def test_the_readmes_name_all_files_and_no_others():
+    """Of each tree, a line has one file or more, then two spaces and what is in them."""
+    named = set()
+    for readme, root in TREES.items():
+        tree = re.search(r"```text\n(.*?)```", (ROOT / readme).read_text(), re.DOTALL).group(1)
+        folder = root
+        for line in tree.splitlines():
+            if line.endswith("/"):
+                folder = root / line
+                assert folder.is_dir(), line
+            else:
+                folder = folder if line.startswith(" ") else root
+                named |= {folder / name for name in line.strip().partition("  ")[0].split(", ")}
+    assert not [path for path in named if not path.exists()]
+    sources = {path for folder in ("tce_kernels", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")}
+    assert {path for path in sources - named if path.name != "__init__.py"} <= {ROOT / "tests/conftest.py"}
+
+
+def chapter(readme, heading):
+    return re.search(rf"\n## {heading}\n(.*?)(\n##+ |$)", (ROOT / readme).read_text(), re.DOTALL).group(1)
+
+
+def test_the_headline_figures_are_those_of_the_tables():
+    headlines = chapter("README.md", "What has been measured, and what has not")
+    figures = set(re.findall(r"\d[\d.]*\d", headlines))
+    assert len(figures) > 10
+    assert figures <= set(re.findall(r"\d[\d.]*\d", (ROOT / "benchmarks/README.md").read_text()))

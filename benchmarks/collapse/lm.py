@@ -94,7 +94,7 @@ class Config(NamedTuple):
 
 
 FULL = Config()
-QUICK = Config(vocabulary=512, D=64, n_blocks=2, n_splits=4, n_items=150, n_other_items=5)
+QUICK = Config(vocabulary=512, D=64, n_blocks=2, n_splits=4, n_items=120, n_other_items=5)
 PYDOC_ITEMS = 200  # about as many as a split of Python's documentation has
 
 
