@@ -48,8 +48,9 @@ def summation(n, eps):
 
 
 def _log_sum(d):
-    """log sum_j exp(d_j) of rows whose largest d is 0, or near it."""
-    return np.log(np.exp(d).sum(1))
+    """log sum_j exp(d_j) of rows that hold a number."""
+    top = d.max(1)
+    return top + np.log(np.exp(d - top[:, None]).sum(1))
 
 
 def softmax_rows(x, e_x, target, eps, logit_scale=1.0, softcap=None) -> Rows:
@@ -63,11 +64,13 @@ def softmax_rows(x, e_x, target, eps, logit_scale=1.0, softcap=None) -> Rows:
     if logit_scale != 1:
         e_z = e_z + eps * np.abs(z) + TINY  # the factor rounded, and the product
     if softcap is not None:
-        t = np.tanh(z / softcap)
-        z, slope = softcap * t, logit_scale * (1 - t * t)
-        # factor, product, cap, division: 2 eps; tanh, whose relative condition is at most 1: 2 ulp; times the cap: eps.
-        e_z = e_z + 5 * eps * np.abs(z) + TINY
-        e_slope = logit_scale * (2 * np.abs(t) * np.minimum(e_z / softcap + eps * np.abs(t), 2) + 2 * eps)
+        # y = x * factor / cap, all rounded: 2 eps; tanh: 2 ulp; times the cap, rounded too: eps.
+        y = z / softcap
+        off = np.where(np.isfinite(y), e_z / softcap + 1.5 * eps * np.abs(y), 0)
+        t = np.tanh(y)
+        e_t = np.maximum(np.tanh(y + off) - t, t - np.tanh(y - off)) + 2 * eps * np.abs(t)
+        z, e_z = softcap * t, softcap * (e_t + eps * np.abs(t)) + TINY
+        slope, e_slope = logit_scale * (1 - t * t), logit_scale * (2 * np.abs(t) * e_t + e_t**2 + 2 * eps)
     e_z = np.where(np.isfinite(z), e_z, 0)
 
     # Only differences from the row's maximum count: what all logits have in common must cost no digits.
@@ -79,22 +82,28 @@ def softmax_rows(x, e_x, target, eps, logit_scale=1.0, softcap=None) -> Rows:
     d_t = d[index, target]
     # They are rounded, and multiplied by log2 e on Triton, by a factor that is rounded too.
     below = np.where(np.isfinite(d), -d, 0)
-    off = e_z + 1.5 * eps * below
-    apart = np.maximum(_log_sum(d + off) - log_sum, log_sum - _log_sum(d - off))
     # exp and log; the torch backend finds log(sum) from log(p_t), where p_t is above 1e-30.
     e_log = summation(V, eps) + eps * (4 + 2 * log_sum + 4 * np.minimum(below[index, target], 70))
-    e_lse = apart + e_log + eps * np.abs(lse)
 
     others = np.exp(d - d_t[:, None])
     others[index, target] = 0
     s = np.where(d_t == 0, -np.log1p(others.sum(1)), d_t - log_sum)  # no cancellation at p = 1
     s = np.where(bad, np.nan, s)
-    e_s = off[index, target] + apart + e_log + eps * (below[index, target] + np.abs(np.where(np.isfinite(s), s, 0)))
-
     log_p = d - log_sum[:, None]
     p = np.exp(log_p)
-    off_p = off + (apart + summation(V, eps))[:, None] + eps * (4 + 2 * log_sum[:, None] + 2 * below)
-    e_p = np.maximum(np.exp(np.minimum(log_p + off_p, 0)) - p, p - np.exp(log_p - off_p))
+
+    # Errors of z, or of its differences, of which that of the maximum has none: the smaller bound of the two.
+    e_s, e_lse, e_p = np.inf, np.inf, np.inf
+    e_top = np.where(np.isfinite(top), e_z[index, np.argmax(z, 1)], 0)
+    apart_from_top = np.where(np.arange(V) == np.argmax(z, 1)[:, None], 0, e_z + e_top[:, None])
+    for e, e_common in (e_z, 0), (apart_from_top, e_top):
+        off = e + 1.5 * eps * below
+        shift = np.maximum(_log_sum(d + off) - log_sum, log_sum - _log_sum(d - off))
+        e_lse = np.minimum(e_lse, e_common + shift + e_log + eps * np.abs(lse))
+        size = below[index, target] + np.abs(np.where(np.isfinite(s), s, 0))
+        e_s = np.minimum(e_s, off[index, target] + shift + e_log + eps * size)
+        off = off + (shift + summation(V, eps))[:, None] + eps * (4 + 2 * log_sum[:, None] + 2 * below)
+        e_p = np.minimum(e_p, np.maximum(np.exp(np.minimum(log_p + off, 0)) - p, p - np.exp(log_p - off)))
     e_p = np.where(np.isneginf(z), 0, e_p + (1e-44 if eps > 1e-10 else 0))  # subnormal p
     return Rows(bad, target, z, e_z, slope, e_slope, p, e_p, s, e_s, lse, e_lse)
 

@@ -87,8 +87,12 @@ def expect(case, stats=None):
         rows, counted, scale, upstream, rule, eps, options.get("z_loss", 0.0), options.get("label_smoothing", 0.0)
     )
     wanted = _loss(result, shape, reduction, spread, eps)
-    e_dx = result.e_dx + spread * np.abs(result.dx)
-    dx = result.dx
+    dx, e_dx = result.dx, result.e_dx + spread * np.abs(result.dx)
+    if case.backend == "reference" and options.get("z_loss"):
+        # Autograd's gradient of logsumexp is exp(z - lse), with all the digits that lse has lost.
+        lost = np.expm1(np.minimum(2 * eps * np.abs(rows.lse) + rows.e_lse, 50))
+        of_lse = np.abs(upstream * scale * 2 * options["z_loss"] * rows.lse * lost)
+        e_dx = np.where(e_dx > 0, e_dx + of_lse[:, None] * np.abs(rows.slope) * (rows.p + rows.e_p), 0)
     # A row of upstream gradient 0 is not read where that is known before; made before, 0 * NaN stays NaN.
     unread = counted & rows.bad & (upstream == 0)
     dx, e_dx = np.where(unread[:, None], 0, dx), np.where(unread[:, None], 0, e_dx)
@@ -112,8 +116,9 @@ def _times_rounded(case):
 
 
 def _rounded(value, bound, case, dtype, times=1):
-    ulps = 0 if dtype in (torch.float32, torch.float64) else _ulps(case, dtype)
-    bound = bound + times * ulps * eps_of(dtype) * (np.abs(value) + bound)
+    """The bound after roundings to a 16-bit type; what autograd rounds to 32 bits or more is in the bound already."""
+    if eps_of(dtype) > 1e-6:
+        bound = bound + times * _ulps(case, dtype) * eps_of(dtype) * (np.abs(value) + bound)
     return value, np.where(bound > 0, bound + SMALLEST[dtype], 0)
 
 
@@ -151,11 +156,13 @@ def _head_gradients(case, wanted, dlogits, e, counted, eps, total):
     narrow = eps_of(m) > 1e-6
     once = _ulps(case, m) * eps_of(m) if narrow else 0.0
     half = eps_of(m) / 2 if narrow else eps
-    smallest = SMALLEST[m]
-    if case.in_forward:  # float16 gradients are divided after the sums over rows, so this much of them may underflow
-        smallest *= abs(case.upstream.item()) / (total or 1)
+    # In forward, float16 gradients are made for an upstream gradient of 1 and divided last, so that they underflow late.
+    factor = abs(case.upstream.item()) / (total or 1) if case.in_forward else 1.0
+    smallest = SMALLEST[m] * factor
     e = np.where(counted[:, None], e + once * (np.abs(dlogits) + e) + smallest, 0)
     size = np.abs(dlogits) + e
+    if m == torch.float16:  # out of its range
+        e = np.where(size > 6e4 * max(factor, 1e-30), np.inf, e)
     upstream_rounds = once if narrow and case.in_forward else 2 * eps
     x = np.where(counted[:, None], x, 0)
     size_x, size_W = np.abs(x), np.abs(W)
@@ -169,12 +176,14 @@ def _head_gradients(case, wanted, dlogits, e, counted, eps, total):
         if narrow or dtype != total_dtype:
             bound = bound + _ulps(case, dtype) * eps_of(dtype) * (np.abs(value) + bound) + SMALLEST[dtype] * (size > 0)
         bound = np.where(np.isnan(bound), np.inf, bound)
-        if m == torch.float16:  # sums over rows may leave its range before they are divided
-            bound = np.where(size * max(total or 1, 1) > 3e4, np.inf, bound)
+        if m == torch.float16:
+            bound = np.where(size > 6e4 * max(min(factor, 1), 1e-30), np.inf, bound)
         wanted[name] = value.reshape(tuple(tensor.shape)), bound.reshape(tuple(tensor.shape))
 
     with np.errstate(all="ignore"):
-        finish("d input", case.leaves[0], dlogits @ W, e @ size_W, size @ size_W, W.shape[0], 1, m)
+        # The gradient of the input is scaled by the upstream gradient in the dtype of the matmul, under autocast too.
+        e_input = e @ size_W + SMALLEST[m] * (counted[:, None] if narrow else 0)
+        finish("d input", case.leaves[0], dlogits @ W, e_input, size @ size_W, W.shape[0], 1, m)
         # The products of chunks are rounded, and so is what they add up to where `accumulate_dtype` is narrow.
         total_dtype = torch.promote_types(case.options.get("accumulate_dtype", torch.float32), m)
         n_sums = 1 + (case.n_chunks if eps_of(total_dtype) > 1e-6 else 0)

@@ -132,7 +132,7 @@ def forward(case):
 
 
 def bits(tensor):
-    return tensor.detach().contiguous().view(torch.uint8) if tensor.dim() else tensor.detach().view(1).view(torch.uint8)
+    return tensor.detach().reshape(-1).clone().view(torch.uint8)
 
 
 def check(case: Case):
