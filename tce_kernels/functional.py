@@ -299,7 +299,7 @@ def _reduced(path, target, V, dtype, options, divide_last):
     if mean and divide_last:
         if options.by_kept:
             total = (row_scale * (rows[stats.COEF] != 0)).sum()
-        loss = torch.where(total == 0, 0, loss / total)
+        loss = torch.where(total == 0, 0, loss / torch.where(total == 0, 1, total))
     return (loss, stats.from_rows(rows, valid)) if options.return_stats else loss
 
 
