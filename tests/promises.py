@@ -203,7 +203,7 @@ def check_statistics(case, stats, wanted):
     compute = torch.float64 if case.matmul_dtype == torch.float64 else torch.float32
     dtypes = dict(log_prob=compute, lse=compute, kept=torch.bool, correct=torch.bool, valid=torch.bool)
     dtypes |= dict(n_valid=torch.int64, n_kept=torch.int64, mean_confidence=compute)
-    dtypes |= dict(truncated_fraction=torch.float32, accuracy=torch.float32)
+    dtypes |= dict(truncated_fraction=compute, accuracy=compute)  # whatever the default dtype
     for name, dtype in dtypes.items():
         value = getattr(stats, name)
         require(value.dtype == dtype, f"stats.{name}: dtype", value.dtype)
