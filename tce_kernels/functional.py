@@ -260,7 +260,7 @@ def linear_loss(
     def path(*arguments):
         return linear.loss_and_rows(
             *head, *arguments, *options.form(), backend, chunk_size, dtype, options.accumulate_dtype,
-            in_forward=options.reduction != "none" and not options.allow_retain_graph,
+            in_forward=options.reduction != "none" and not options.allow_retain_graph, may_vanish=options.by_kept,
         )  # fmt: skip
 
     # Divided last, float16 gradients do not underflow on the way: the division meets their sums over rows.
@@ -281,6 +281,7 @@ def _reduced(path, target, V, dtype, options, divide_last):
     path(target, row_scale, param) returns the loss, per row or summed up, and `rows`.
     """
     dtype = compute_dtype(dtype)
+    target = target.long()  # int32 would take an ignore_index beyond its range for another number
     valid = target != options.ignore_index
     row_scale = _row_weight(valid, target, options.weight, options.token_weight, V, dtype)
     mean = options.reduction == "mean"

@@ -253,18 +253,22 @@ def _flops(input_shape, weight_shape, *arguments, out_shape=None, **_) -> int:
 
 
 class LinearLossAndGradients(Function):
-    """Sum of the losses [], rows (6, ...) and the gradients for an upstream gradient of 1, made in forward."""
+    """Sum of the losses [], rows (6, ...) and the gradients for an upstream gradient of 1, made in forward.
+
+    `may_vanish`: the upstream gradient may be the 0 of a mean over nothing, which undoes NaN as well.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(input, weight, bias, *arguments):
+        *arguments, _ = arguments
         loss, rows, *gradients = linear_loss(input, weight, bias, *arguments)
         return loss.sum(), rows, *gradients
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *_, ctx.backend, _, _, _, ctx.needs = inputs
+        *_, ctx.backend, _, _, _, ctx.needs, ctx.may_vanish = inputs
         _, rows, *gradients = output
         ctx.mark_non_differentiable(*gradients)
         ctx.set_materialize_grads(False)
@@ -278,6 +282,8 @@ class LinearLossAndGradients(Function):
     def backward(ctx, upstream, *_):
         rows, *gradients = ctx.saved_tensors
         with torch.no_grad():
+            if ctx.may_vanish:
+                gradients = [torch.where(upstream == 0, 0, gradient) for gradient in gradients]
             gradients = [
                 _scaled(gradient, upstream, dtype, address, ctx.backend)
                 for gradient, dtype, address in zip(gradients, ctx.dtypes, ctx.addresses, strict=True)
@@ -300,12 +306,13 @@ class LinearRowLoss(Function):
 
     @staticmethod
     def forward(input, weight, bias, *arguments):
-        loss, rows, *_ = linear_loss(input, weight, bias, *arguments[:-1], [False] * 3)
+        *arguments, _, _ = arguments
+        loss, rows, *_ = linear_loss(input, weight, bias, *arguments, [False] * 3)
         return loss, rows
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, weight, bias, target, row_scale, _, *ctx.plain = inputs
+        input, weight, bias, target, row_scale, _, *ctx.plain, _ = inputs
         _, rows = output
         *_, ctx.needs = ctx.plain
         ctx.set_materialize_grads(False)
@@ -347,7 +354,7 @@ class _EagerRowLoss(LinearRowLoss):
 
 
 def loss_and_rows(
-    input: Tensor, weight: Tensor, bias: Tensor | None, *arguments, in_forward: bool
+    input: Tensor, weight: Tensor, bias: Tensor | None, *arguments, in_forward: bool, may_vanish: bool
 ) -> tuple[Tensor, Tensor]:
     """Loss and rows: per row (...), or their sum [] where the gradients are made in forward."""
     tensors = input, weight, bias
@@ -359,5 +366,5 @@ def loss_and_rows(
         function = LinearLossAndGradients if in_forward else LinearRowLoss
     else:
         function = _EagerLossAndGradients if in_forward else _EagerRowLoss
-    loss, rows, *_ = function.apply(*tensors, *arguments, needs)
+    loss, rows, *_ = function.apply(*tensors, *arguments, needs, may_vanish)
     return loss, rows

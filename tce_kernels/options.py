@@ -121,6 +121,8 @@ class LossOptions:
         """Check the options by themselves and with one another."""
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
             raise TypeError(f"ignore_index must be an int, got {type(self.ignore_index).__name__}")
+        if not -(2**63) <= self.ignore_index < 2**63:
+            raise ValueError(f"ignore_index must be in the range of int64, got {self.ignore_index}")
         check_choice("reduction", self.reduction, ("mean", "sum", "none"))
         check_choice("backend", self.backend, BACKENDS)
         check_flag("allow_retain_graph", self.allow_retain_graph)

@@ -54,7 +54,7 @@ def _focal(gamma, alpha):
         q = -torch.expm1(s.clamp(min=-100))
         return torch.where(q == 0, 0 * s, -alpha * torch.where(q == 0, 1, q) ** s.new_full((), gamma) * s)
 
-    return phi, lambda s: (s.new_full((), alpha) != 0).expand_as(s)
+    return phi, lambda s: torch.full_like(s, alpha) != 0
 
 
 # Where logits come from: functions of the rows that are dead, whose NaN must not reach a gradient as 0 * NaN.
@@ -65,7 +65,13 @@ def _given(logits):
 
 
 def _made(input, weight, bias):
-    return lambda dead: F.linear(input if dead is None else input.masked_fill(dead[..., None], 0), weight, bias)
+    def logits_of(dead):
+        if dead is None:
+            return F.linear(input, weight, bias)
+        dead = dead[..., None]
+        return F.linear(input.masked_fill(dead, 0), weight, bias).masked_fill(dead, 0)
+
+    return logits_of
 
 
 def _loss(
@@ -88,6 +94,7 @@ def _loss(
     with torch.no_grad():
         logits = logits_of(None)
     dtype = torch.promote_types(logits.dtype, torch.float32)
+    target = target.long()  # int32 would take an ignore_index beyond its range for another number
     valid = target != ignore_index
     target, bad = _checked(target, valid, logits.shape[-1])
     row_weight = valid.to(dtype)
@@ -137,7 +144,7 @@ def _checked(target: Tensor, valid: Tensor, V: int) -> tuple[Tensor, Tensor]:
         raise IndexError(
             f"target must be in [0, {V}) or ignore_index, got {target[bad][0].item()} at position {position}"
         )
-    return target.long().masked_fill(bad | ~valid, 0), bad
+    return target.masked_fill(bad | ~valid, 0), bad
 
 
 def _stats(z: Tensor, target: Tensor, bad: Tensor, valid: Tensor, kept: Tensor) -> LossStats:

@@ -30,17 +30,17 @@ class LossStats(NamedTuple):
     n_valid: Tensor
     n_kept: Tensor
 
-    # Shares are float32: a quotient of integers would have the default dtype, whatever that is.
+    # Shares are in the dtype of log_prob: a quotient of integers would have the default one, whatever that is.
 
     @property
     def truncated_fraction(self) -> Tensor:
         """Share of the valid rows that were dropped; 0 if no row is valid."""
-        return (self.n_valid - self.n_kept).float() / self.n_valid.clamp(min=1)
+        return (self.n_valid - self.n_kept).to(self.log_prob.dtype) / self.n_valid.clamp(min=1)
 
     @property
     def accuracy(self) -> Tensor:
         """Share of the valid rows whose target has the largest logit; 0 if no row is valid."""
-        return self.correct.sum().float() / self.n_valid.clamp(min=1)
+        return self.correct.sum().to(self.log_prob.dtype) / self.n_valid.clamp(min=1)
 
     @property
     def mean_confidence(self) -> Tensor:

@@ -386,6 +386,13 @@ def test_modules_are_the_functions(backend, device):
     torch.testing.assert_close(module(logits, target), want)
     want = truncated(logits, target, weight=weight, token_weight=token_weight, reduction="sum", backend=backend)
     torch.testing.assert_close(module(logits, target, token_weight=token_weight), want)
+    want = truncated(logits, target, threshold=0.5, reduction="none", backend=backend)
+    assert torch.equal(
+        module(logits, target, reduction="none", weight=None),
+        truncated(logits, target, reduction="none", backend=backend),
+    )  # options of a call go before the module's
+    module.threshold = 0.5
+    assert torch.equal(module(logits, target, reduction="none", weight=None), want)
     module = tce_kernels.FocalCrossEntropyLoss(1.5, alpha=0.5, denominator="kept", backend=backend)
     want = focal(logits, target, gamma=1.5, alpha=0.5, denominator="kept", backend=backend)
     assert torch.equal(module(logits, target), want)

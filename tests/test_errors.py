@@ -46,6 +46,7 @@ OPTIONS = [
     (dict(denominator="kept", reduction="none"), ValueError, "denominator must be left at 'valid' with"
      " reduction='none', got 'kept'"),
     (dict(ignore_index=1.0), TypeError, "ignore_index must be an int, got float"),
+    (dict(ignore_index=2**63), ValueError, "ignore_index must be in the range of int64, got 9223372036854775808"),
     (dict(ignore_index=True), TypeError, "ignore_index must be an int, got bool"),
     (dict(label_smoothing=1.1), ValueError, "label_smoothing must be in [0, 1], got 1.1"),
     (dict(label_smoothing=None), TypeError, "label_smoothing must be a number, got NoneType"),
@@ -53,6 +54,15 @@ OPTIONS = [
     (dict(z_loss=-1), ValueError, "z_loss must be a finite number >= 0, got -1"),
     (dict(z_loss=float("inf")), ValueError, "z_loss must be a finite number >= 0, got inf"),
     (dict(softcap=0), ValueError, "softcap must be None or a finite number > 0, got 0"),
+    (dict(softcap=float("inf")), ValueError, "softcap must be None or a finite number > 0, got inf"),
+    (dict(logit_scale=float("inf")), ValueError, "logit_scale must be a finite number > 0, got inf"),
+    (dict(logit_scale=float("nan")), ValueError, "logit_scale must be a finite number > 0, got nan"),
+    (dict(logit_scale=None), TypeError, "logit_scale must be a number, got NoneType"),
+    (dict(z_loss=float("nan")), ValueError, "z_loss must be a finite number >= 0, got nan"),
+    (dict(label_smoothing=float("nan")), ValueError, "label_smoothing must be in [0, 1], got nan"),
+    (dict(label_smoothing=-0.1), ValueError, "label_smoothing must be in [0, 1], got -0.1"),
+    (dict(denominator=float("inf")), ValueError, "denominator must be a finite number >= 0, got inf"),
+    (dict(denominator=float("nan")), ValueError, "denominator must be a finite number >= 0, got nan"),
     (dict(softcap="5"), TypeError, "softcap must be a number, got str"),
     (dict(logit_scale=0.0), ValueError, "logit_scale must be a finite number > 0, got 0.0"),
     (dict(logit_scale=torch.tensor(2.0)), TypeError, "logit_scale must be a number, got Tensor"),
@@ -109,6 +119,8 @@ FOCAL = [
     (dict(gamma=-1), ValueError, "gamma must be a finite number >= 0, got -1"),
     (dict(gamma=float("inf")), ValueError, "gamma must be a finite number >= 0, got inf"),
     (dict(gamma=torch.tensor(2.0)), TypeError, "gamma must be a number, got Tensor"),
+    (dict(gamma=float("nan")), ValueError, "gamma must be a finite number >= 0, got nan"),
+    (dict(alpha=float("inf")), ValueError, "alpha must be a finite number >= 0, got inf"),
     (dict(alpha=-0.5), ValueError, "alpha must be a finite number >= 0, got -0.5"),
     (dict(label_smoothing=0.1), ValueError, "label_smoothing must be 0 with the focal loss, got 0.1"),
 ]
@@ -263,3 +275,22 @@ def test_devices_must_agree():
         (name,) = options
         with pytest.raises(ValueError, match=rf"{name} must be on the device of the logits \(cpu\), got meta"):
             tce_kernels.truncated_cross_entropy(logits, options.pop("target", target), **options)
+
+
+def test_float64_does_not_mix_with_others_under_autocast():
+    """Autocast converts between float32 and 16 bits, and leaves float64 alone."""
+    given = dict(input=torch.zeros(N, D), linear_weight=torch.zeros(V, D), target=torch.zeros(N, dtype=torch.int64))
+    for name in ("input", "linear_weight"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with pytest.raises(TypeError, match="must have the dtype of the input"):
+                linear_truncated_cross_entropy(**given | {name: given[name].double()})
+
+
+def test_rows_that_overlap_across_the_outer_dimension_only():
+    memory = torch.zeros(100, requires_grad=True) * 1
+    logits = memory.as_strided((2, 3, V), (V, 2 * V, 1))  # rows 0, 14, 28 and 7, 21, 35: no two share memory
+    target = torch.zeros(2, 3, dtype=torch.int64)
+    truncated_cross_entropy(logits, target, inplace=True)
+    logits = memory.as_strided((2, 3, V), (2 * V + 3, V, 1))  # 0, 7, 14 and 17: the third and the fourth do
+    with pytest.raises(ValueError, match="inplace must be False for logits whose rows share memory"):
+        truncated_cross_entropy(logits, target, inplace=True)

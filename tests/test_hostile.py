@@ -192,7 +192,7 @@ def test_bad_target_on_a_cpu_is_an_index_error_that_names_it(backend, inplace, b
 
 @pytest.mark.parametrize("loss", [truncated, focal])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("shape", [(0, 5), (0, 3, 5), (3, 0, 5)])
+@pytest.mark.parametrize("shape", [(0, 5), (0, 3, 5), (3, 0, 5), (3, 2, 0, 5)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch(backend, shape, reduction, loss, device):
     logits = torch.zeros(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -245,3 +245,128 @@ def test_single_class_has_no_loss(backend, device):
     value, stats = tce_kernels.truncated_cross_entropy(logits, target, 1.0, return_stats=True, backend=backend)
     assert value == 0
     assert stats.kept.all()
+
+
+@pytest.mark.parametrize("below", [86.0, 90.0, 100.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_target_of_subnormal_probability_keeps_its_digits(backend, below, device):
+    """exp(-88) is the smallest normal float32; the loss is about `below`, which float32 holds to 8e-6."""
+    logits = torch.zeros(2, 5, device=device)
+    logits[:, 3], logits[:, 1] = -below, torch.tensor([0.0, 1.5], device=device)
+    target = torch.tensor([3, 3], device=device)
+    value, _ = run(logits, target, backend, cross_entropy, reduction="none")
+    want, _ = run(logits.double(), target, "reference", cross_entropy, reduction="none")
+    torch.testing.assert_close(value.double(), want, atol=0, rtol=2 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_row_does_not_depend_on_its_neighbours(backend, device):
+    """Not in its last bit either, whatever takes another way in the rows beside it."""
+    logits, target = make_inputs(N, V, torch.float32, device)
+    target[target == -100] = 1
+    hostile = logits.clone()
+    hostile[0, target[0]], hostile[2, 3], hostile[4] = -120.0, math.nan, -math.inf
+    plain, beside = (
+        loss_and_gradient(truncated, x, target, backend=backend, reduction="none") for x in (logits, hostile)
+    )
+    untouched = [1, 3, 5]
+    for one, other in zip(plain, beside, strict=True):
+        assert torch.equal(one[untouched], other[untouched])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_ignore_index_beyond_the_dtype_of_the_target_ignores_nothing(backend, dtype, device):
+    logits, target = make_inputs(N, V, torch.float32, device)
+    target[target == -100] = 0  # which is what 2^40 is in 32 bits
+    want = run(logits, target, backend, reduction="none")
+    got = run(logits, target.to(dtype), backend, reduction="none", ignore_index=2**40)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}, {"softcap": 5.0}, {"label_smoothing": 0.1}])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_without_weight_may_hold_anything(backend, reduction, options, bad, device, small_blocks):
+    """Ignored, of weight 0, or of upstream gradient 0: exact zeros, and NaN in their weight is not seen."""
+    logits, target = make_inputs(N, V, torch.float32, device)
+    token_weight = torch.ones(N, device=device)
+    token_weight[target == -100] = math.nan
+    token_weight[1] = 0
+    logits[target == -100], logits[1, 3], logits[3, 4] = bad, bad, bad
+    leaf = logits.requires_grad_()
+    value = truncated(leaf, target, token_weight=token_weight, reduction=reduction, backend=backend, **options)
+    dead = (target == -100) | (token_weight == 0)
+    if reduction == "none":
+        upstream = torch.ones_like(value)
+        upstream[3] = 0
+        dead[3] = True
+        assert (value[(target == -100) | (token_weight == 0)] == 0).all()
+        (gradient,) = torch.autograd.grad(value, leaf, upstream)
+        assert gradient[~dead].isfinite().all() and gradient[~dead].any()
+    else:
+        (gradient,) = torch.autograd.grad(value, leaf)
+    if backend != "reference" or reduction == "mean":  # 0 * NaN is what autograd makes of an upstream gradient of 0
+        assert torch.equal(gradient[dead], torch.zeros_like(gradient[dead]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("denominator", [0, torch.tensor(0), "kept"])
+@pytest.mark.parametrize("bad", [None, math.nan, -math.inf])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_denominator_of_zero_is_zero_in_every_dtype(backend, bad, denominator, linear, dtype, device):
+    """Also with rows of infinite or NaN loss. "kept" is 0 where the weights of the kept rows cancel out."""
+    token_weight = torch.tensor([1.0, -1.0], device=device)
+    target = torch.tensor([1, 2], device=device)
+    if linear:
+        input, weight = torch.ones(2, 4, dtype=dtype, device=device), torch.ones(5, 4, dtype=dtype, device=device)
+        tensors = input.requires_grad_(), weight.requires_grad_()
+        bias = torch.zeros(5, dtype=dtype, device=device)
+        if bad is not None:
+            bias[1:3] = bad
+        value, stats = tce_kernels.linear_truncated_cross_entropy(
+            *tensors, target, 1.0, linear_bias=bias, token_weight=token_weight, denominator=denominator,
+            backend=backend, return_stats=True,
+        )  # fmt: skip
+    else:
+        logits = torch.zeros(2, 5, dtype=dtype, device=device)
+        if bad is not None:
+            logits[:, 1:3] = bad
+        tensors = (logits.requires_grad_(),)
+        value, stats = tce_kernels.truncated_cross_entropy(
+            *tensors,
+            target,
+            1.0,
+            token_weight=token_weight,
+            denominator=denominator,
+            backend=backend,
+            return_stats=True,
+        )
+    assert value == 0
+    for gradient in torch.autograd.grad(value, tensors):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+    assert stats.kept.tolist() == [isinstance(denominator, str)] * 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_statistics_of_a_row_of_nothing_but_minus_infinity(backend, device):
+    logits, target = make_inputs(N, V, torch.float32, device)
+    logits[1] = -math.inf
+    _, stats = truncated(logits, target, return_stats=True, backend=backend)
+    assert stats.lse[1] == -math.inf
+    assert stats.log_prob[1].isnan()
+    assert not stats.correct[1] and stats.kept[1]
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_nan_in_an_ignored_row_of_the_input_reaches_no_gradient(backend, device):
+    input, weight = torch.randn(3, 4, device=device), torch.randn(5, 4, device=device)
+    target = torch.tensor([1, -100, 2], device=device)
+    input[1] = math.nan
+    tensors = input.requires_grad_(), weight.requires_grad_()
+    value = tce_kernels.linear_truncated_cross_entropy(*tensors, target, 1.0, backend=backend)
+    for gradient in torch.autograd.grad(value, tensors):
+        assert gradient.isfinite().all() and gradient.any()

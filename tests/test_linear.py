@@ -15,6 +15,7 @@ from cases import (
     LINEAR_LOSSES,
     assert_linear_matches_reference,
     error_of,
+    linear_cross_entropy,
     linear_focal,
     linear_loss_and_gradients,
     linear_truncated,
@@ -370,6 +371,53 @@ def test_autocast_multiplies_in_its_dtype(backend, options, dtype, device):
             assert error_of(got, wanted) <= factor * error_of(ordinary, wanted)
 
 
+def test_float64_stays_float64_under_autocast():
+    inputs = make_linear_inputs(N, D, V, torch.float64, "cpu")
+    for options in ({}, {"reduction": "none"}):
+        want = linear_loss_and_gradients(linear_truncated, *inputs, **options)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = linear_loss_and_gradients(linear_truncated, *inputs, **options)
+        assert torch.equal(got[0], want[0])
+        assert all(torch.equal(*pair) for pair in zip(got[1], want[1], strict=True))
+
+
+@pytest.mark.parametrize("chunks, exact", [((256, 3), ("weight", "bias")), ((301, 300), ("bias",))])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("backend", FAST)
+def test_gradients_of_float32_parameters_are_not_rounded_to_16_bits(backend, reduction, chunks, exact, device):
+    """Two classes with p = 1/2: each row adds 1/2, exactly, and 129.5 and 150.5 are no bfloat16 numbers.
+
+    The weight's product is rounded for each chunk (to 128 and 1.5: exactly), the bias's sum is not, nor are totals.
+    """
+    n = sum(chunks)
+    input = torch.ones(n, 1, dtype=torch.bfloat16, device=device)
+    weight, bias = torch.zeros(2, 1, device=device).requires_grad_(), torch.zeros(2, device=device).requires_grad_()
+    target = torch.zeros(n, dtype=torch.int64, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        value = linear_cross_entropy(
+            input, weight, bias, target, backend=backend, chunk_size=chunks[0], reduction=reduction
+        )
+    value.sum().backward()
+    for name, parameter in [("weight", weight), ("bias", bias)]:
+        if name in exact:
+            assert parameter.grad.flatten().tolist() == [-n / 2, n / 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", FAST)
+def test_small_gradients_survive_a_large_denominator(backend, dtype, device, monkeypatch):
+    """1 / 2^17 is subnormal in float16; a gradient scaler's factor brings it back only if it was not rounded before."""
+    monkeypatch.setattr(linear, "_supported", lambda dtype, device: dtype)
+    input, weight, bias, target = make_linear_inputs(48, 16, 50, dtype, device, confident=0.0)
+    tensors = [tensor.requires_grad_() for tensor in (input, weight, bias)]
+    double = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    scale = 2.0**16
+    for leaves, options in ((tensors, {"backend": backend, "chunk_size": 20}), (double, {"backend": "reference"})):
+        (linear_truncated(*leaves, target, denominator=2**17, **options) * scale).backward()
+    for got, want in zip(tensors, double, strict=True):
+        assert error_of(got.grad, want.grad) <= 4 * torch.finfo(dtype).eps
+
+
 def memory_beyond(run):
     """Peak bytes that run() allocates on a CPU, less those of the tensors it returns."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -432,12 +480,11 @@ def test_triton_packs_the_kept_rows(kept, device):
 REPEATED = [{}, {"reduction": "sum"}, {"denominator": "kept"}, {"allow_retain_graph": True}, {"reduction": "none"}]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("options", REPEATED)
 @pytest.mark.parametrize("backend", FAST)
-def test_second_backward_is_right_with_retain_graph(backend, options, dtype, device):
+def test_second_backward_is_right_with_retain_graph(backend, options, device):
     """Whatever becomes of the gradients that the first one returned."""
-    inputs = make_linear_inputs(N, D, V, dtype, device)
+    inputs = make_linear_inputs(N, D, V, torch.float32, device)
     tensors = [tensor.requires_grad_() for tensor in inputs[:3]]
     value = linear_truncated(*tensors, inputs[3], backend=backend, **options).sum()
     first = torch.autograd.grad(value, tensors, retain_graph=True)
@@ -494,6 +541,12 @@ def test_module_is_the_function(backend, device):
     class_weight, token_weight = torch.rand(V, device=device), torch.rand(N, device=device)
     module = tce_kernels.LinearTruncatedCrossEntropyLoss(0.6, weight=class_weight, chunk_size=4, backend=backend)
     assert not list(module.parameters())
+    for size in (2, N):  # options of a call go before the module's, which stay as they are
+        got = module(input, weight, target, bias, chunk_size=size, reduction="sum", weight=None)
+        want = linear_truncated(input, weight, bias, target, backend=backend, chunk_size=size, reduction="sum")
+        assert torch.equal(got, want)
+    with pytest.raises(TypeError, match="inplace"):
+        module(input, weight, target, bias, inplace=True)
     want = linear_truncated(
         input, weight, bias, target, weight=class_weight, token_weight=token_weight, backend=backend, chunk_size=4
     )

@@ -9,11 +9,14 @@ import torch
 from cases import (
     DTYPES,
     FAST,
+    assert_linear_matches_reference,
     assert_matches_reference,
     cross_entropy,
     focal,
+    linear_truncated,
     loss_and_gradient,
     make_inputs,
+    make_linear_inputs,
     option_values,
     truncated,
 )
@@ -92,6 +95,7 @@ LAYOUTS = {
     "every other row": lambda x: x.repeat_interleave(2, 0)[::2],
     "shared row": lambda x: x[:1].expand(x.shape),
     "transposed batch": lambda x: x.view(2, 4, -1).transpose(0, 1).contiguous().transpose(0, 1),
+    "one of several": lambda x: torch.nn.functional.pad(x.view(2, 1, 4, -1), (0, 5, 0, 0, 1, 2))[:, 1:2, :, :-5],
     "shifted": lambda x: torch.nn.functional.pad(x.view(2, 4, -1), (0, 0, 0, 1))[:, :-1],
 }
 
@@ -172,6 +176,31 @@ def test_one_ulp_either_side_of_the_threshold(backend, dtype, side, device):
         assert threshold.log().float() == neighbour.to(device)
         _, at = tce_kernels.truncated_cross_entropy(logits, target, threshold, return_stats=True, backend=backend)
         assert at.kept[row].item() == (side >= 0)
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_the_logarithm_of_a_threshold_is_not_rounded_to_its_dtype(backend, device):
+    threshold = torch.tensor(0.9, dtype=torch.bfloat16, device=device)
+    log, rounded = threshold.double().log(), threshold.log().double()
+    assert log != rounded
+    p = ((log + rounded) / 2).exp()  # between the two
+    logits = torch.stack([p, 1 - p]).log().float()[None]
+    target = torch.zeros(1, dtype=torch.int64, device=device)
+    _, stats = tce_kernels.truncated_cross_entropy(logits, target, threshold, return_stats=True, backend=backend)
+    assert stats.kept.item() == (p <= threshold.double()).item()
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("backend", FAST)
+def test_label_smoothing_of_one(backend, linear, device):
+    """The target counts only through the rule then."""
+    if linear:
+        inputs = make_linear_inputs(N, 6, V, torch.float32, device)
+        assert_linear_matches_reference(linear_truncated, *inputs, backend=backend, label_smoothing=1)
+    else:
+        assert_matches_reference(
+            truncated, *make_inputs(N, V, torch.float32, device), backend=backend, label_smoothing=1
+        )
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST])
