@@ -20,7 +20,6 @@ from .sweeps import (
     lift,
     load_target,
     load_target_u,
-    row_field,
     row_gradient,
     row_pointer,
     store_row,
@@ -114,9 +113,10 @@ def dlogits_kernel(
     row_ptr = row_pointer(logits_ptr, row, inner, stride_logits_outer, stride_logits_inner)
     dlogits_row_ptr = row_pointer(dlogits_ptr, row, inner, stride_dlogits_outer, stride_dlogits_inner)
     row_grad = tl.load(row_grad_ptr + row)
-    coef = tl.load(row_field(rows_ptr, COEF, N, row))
+    N = tl.cast(N, tl.int64)  # the last fields are up to 5 N away
+    coef = tl.load(rows_ptr + COEF * N + row)
     of_exp, of_target, of_ones = row_gradient(
-        row_grad, coef, tl.load(row_field(rows_ptr, LSE, N, row)), tl.load(row_field(rows_ptr, SUM_EXP, N, row)),
+        row_grad, coef, tl.load(rows_ptr + LSE * N + row), tl.load(rows_ptr + SUM_EXP * N + row),
         z_loss, label_smoothing, logit_scale, V,
     )  # fmt: skip
     _, target = load_target(target_ptr, row, V, -1)
@@ -125,7 +125,7 @@ def dlogits_kernel(
     tl.debug_barrier()  # the gradient may overwrite the target's logit: every thread has read it by now
     if (coef != 0.0) & (row_grad != 0.0):
         write_gradient(
-            dlogits_row_ptr, row_ptr, V, target, target_u, tl.load(row_field(rows_ptr, ROW_MAX, N, row)),
+            dlogits_row_ptr, row_ptr, V, target, target_u, tl.load(rows_ptr + ROW_MAX * N + row),
             of_exp, of_target, of_ones, unit * tl.cast(LOG2_E, tl.float32), logit_scale, softcap, split, n_splits,
             SOFTCAP, SMOOTHING, PEEL, VECTOR, BLOCK_V, THREADS,
         )  # fmt: skip

@@ -36,31 +36,22 @@ def row_pointer(ptr, row, inner, stride_outer, stride_inner):
 
 
 @triton.jit
-def row_field(rows_ptr, FIELD: tl.constexpr, N, row):
-    """Pointer to a number of `rows` [6, N], with a 64-bit offset."""
-    return rows_ptr + FIELD * tl.cast(N, tl.int64) + row
-
-
-@triton.jit
 def lift(x, logit_scale, softcap, SOFTCAP: tl.constexpr):
     """Logit x as stored -> u in float32, with z = unit * u."""
     u = x.to(tl.float32)
     if SOFTCAP:
-        u = _tanh(u * tl.div_rn(tl.cast(logit_scale, tl.float32), tl.cast(softcap, tl.float32)))
+        # tanh, which tl has not: within a few eps relative to itself, exact at both infinities; NaN passes. Fusion is
+        # spelled out, so that the target's u has the same bits as among the row's others.
+        y = u * tl.div_rn(tl.cast(logit_scale, tl.float32), tl.cast(softcap, tl.float32))
+        far = tl.fma(1.0 / (1.0 + tl.exp2(tl.abs(y) * (2.0 * LOG2_E))), -2.0, 1.0)
+        sign = y.to(tl.int32, bitcast=True) & SIGN_BIT
+        far = (far.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+        # Next to 0 that cancels, and unit would bring the error to light. There y + y^3 Q(y^2), with the cubic Q of
+        # the least relative error, 4e-8, up to NEAR_ZERO.
+        w = y * y
+        q = tl.fma(tl.fma(tl.fma(w, 0.016437582, -0.052671814), w, 0.13320725), w, -0.33332947)
+        u = tl.where(tl.abs(y) < NEAR_ZERO, tl.fma(q * w, y, y), far)
     return u
-
-
-@triton.jit
-def _tanh(y):
-    """tanh, which tl has not: within a few eps relative to itself, exact at both infinities; NaN passes."""
-    # Fusion is spelled out: the target's u must have the same bits as among the row's others.
-    far = tl.fma(1.0 / (1.0 + tl.exp2(tl.abs(y) * (2.0 * LOG2_E))), -2.0, 1.0)
-    far = (far.to(tl.int32, bitcast=True) | (y.to(tl.int32, bitcast=True) & SIGN_BIT)).to(tl.float32, bitcast=True)
-    # Next to 0 that cancels, and unit would bring the error to light. There y + y^3 Q(y^2), with the cubic Q of the
-    # least relative error, 4e-8, up to NEAR_ZERO.
-    w = y * y
-    q = tl.fma(tl.fma(tl.fma(w, 0.016437582, -0.052671814), w, 0.13320725), w, -0.33332947)
-    return tl.where(tl.abs(y) < NEAR_ZERO, tl.fma(q * w, y, y), far)
 
 
 @triton.jit
@@ -140,20 +131,14 @@ def _pivot(max_u, scale):
 
 
 @triton.jit
-def _fits(scale, row_max):
-    """Whether a fused operation gets the exponents (u - row_max) * scale right."""
-    return tl.abs(row_max * scale) < HUGE
-
-
-@triton.jit
 def _fused(scale, row_max):
     """(scale, pivot) for exponents u * scale - pivot <= 0 in one fused operation, right for every maximum.
 
-    A maximum that does not fit leaves the others at least 2^-24 of itself behind, out of exp2's reach with its own
-    scale as with the power of two that brings it to 2^30, of which no product is rounded.
+    Beyond HUGE the product's rounding is out of exp2's reach. The other logits are then at least 2^-24 of the maximum
+    behind, out of reach as well, and stay so with the power of two that brings it to 2^30, which rounds no product.
     """
     power_of_two = (~row_max.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True) * 2.0**29
-    scale = tl.where(_fits(scale, row_max), scale, power_of_two)
+    scale = tl.where(tl.abs(row_max * scale) < HUGE, scale, power_of_two)
     return scale, row_max * scale
 
 
@@ -238,7 +223,7 @@ def sweep(
         row_ptr, V, logit_scale, softcap, scale, split, n_splits, True,
         SOFTCAP, SMOOTHING, PEEL, VECTOR, BLOCK_V, THREADS,
     )  # fmt: skip
-    if not _fits(scale, row_max):
+    if tl.abs(row_max * scale) >= HUGE:  # the fused product's rounding is out of exp2's reach
         row_max, sum_exp, sum_u = _sweep(
             row_ptr, V, logit_scale, softcap, scale, split, n_splits, False,
             SOFTCAP, SMOOTHING, PEEL, VECTOR, BLOCK_V, THREADS,
@@ -252,6 +237,7 @@ def store_row(
     param, alpha, z_loss, label_smoothing, unit, RULE: tl.constexpr, SMOOTHING: tl.constexpr,
 ):  # fmt: skip
     """Apply the rule to one row and store its loss and its `rows`; zeros if it is not live (ignored)."""
+    N = tl.cast(N, tl.int64)  # the last fields are up to 5 N away
     log_sum = tl.log(sum_exp)
     lse = unit * row_max + log_sum
     log_prob = unit * (target_u - row_max) - log_sum
@@ -268,12 +254,12 @@ def store_row(
     coef = tl.where(live & (row_scale != 0.0), coef, 0.0)
     correct = (target_u == row_max) & (log_prob == log_prob)
     tl.store(loss_ptr + row, tl.where(coef == 0.0, 0.0, row_scale * phi))
-    tl.store(row_field(rows_ptr, LOG_PROB, N, row), tl.where(live, log_prob, 0.0))
-    tl.store(row_field(rows_ptr, LSE, N, row), tl.where(live, lse, 0.0))
-    tl.store(row_field(rows_ptr, COEF, N, row), coef)
-    tl.store(row_field(rows_ptr, ROW_MAX, N, row), tl.where(live, row_max, 0.0))
-    tl.store(row_field(rows_ptr, SUM_EXP, N, row), tl.where(live, sum_exp, 0.0))
-    tl.store(row_field(rows_ptr, CORRECT, N, row), tl.where(live & correct, 1.0, 0.0))
+    tl.store(rows_ptr + LOG_PROB * N + row, tl.where(live, log_prob, 0.0))
+    tl.store(rows_ptr + LSE * N + row, tl.where(live, lse, 0.0))
+    tl.store(rows_ptr + COEF * N + row, coef)
+    tl.store(rows_ptr + ROW_MAX * N + row, tl.where(live, row_max, 0.0))
+    tl.store(rows_ptr + SUM_EXP * N + row, tl.where(live, sum_exp, 0.0))
+    tl.store(rows_ptr + CORRECT * N + row, tl.where(live & correct, 1.0, 0.0))
     return lse, coef
 
 

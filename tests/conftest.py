@@ -66,6 +66,34 @@ def fused_multiplication(monkeypatch):
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
 
 
+@pytest.fixture(autouse=True)
+def one_patch_a_launch(monkeypatch):
+    """The interpreter patches `triton.language` anew for each call inside a kernel, which takes most of its time."""
+    if DEVICE == "cuda" or not importlib.util.find_spec("triton"):
+        return
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):
+        return
+    import triton.language as tl
+
+    patch, restore = interpreter._patch_lang, interpreter._LangPatchScope.restore
+    scopes = {}  # of the launch, by the modules that are patched
+
+    def patch_once(function):
+        modules = frozenset(module.__name__ for module in (tl, tl.core) if module in function.__globals__.values())
+        if modules not in scopes:
+            scopes[modules] = patch(function)
+        return scopes[modules]
+
+    def restore_and_forget(scope):
+        scopes.clear()
+        restore(scope)
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+    monkeypatch.setattr(interpreter._LangPatchScope, "restore", restore_and_forget)
+
+
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks in every dimension at sizes that the interpreter gets through."""
