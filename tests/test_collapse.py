@@ -576,7 +576,7 @@ def test_the_readmes_say_what_the_report_says():
     results = "Result", "What it supports, and what not", "What to do with it", "The other experiments"
     for text in (
         sections(report.ROOT / "collapse" / "README.md", *results),
-        sections(report.ROOT.parent / "README.md", "Collapse"),
+        sections(report.ROOT / "README.md", "Collapse"),
     ):
         lines = text.splitlines()
         table = [line for line in lines if line.startswith("|")]

@@ -28,7 +28,7 @@ ALLOWED = {
 }
 
 
-# Of the benchmarks. A room of it imports nothing of another one, with the exceptions that stand here.
+# Of the benchmarks, by room and module. A room imports nothing of another one that does not stand here.
 BENCHMARKS = {
     "__main__": set(),  # subcommands are loaded by name
     "conftest": set(),
@@ -106,7 +106,7 @@ def imported_modules(name, modules):
 @pytest.mark.parametrize("package, allowed", [("tce_kernels", ALLOWED), ("benchmarks", BENCHMARKS)])
 def test_imports_point_one_way(package, allowed):
     modules = modules_of(ROOT / package)
-    rooms = {name for name in modules if name.endswith("__init__")} - set(allowed)  # docstrings, or what has no imports
+    rooms = {name for name in modules if name.endswith("__init__")} - set(allowed)  # which import nothing
     assert set(modules) - rooms == set(allowed)
     for module in modules:
         assert set(imported_modules(module, modules)) <= allowed.get(module, set()), module
