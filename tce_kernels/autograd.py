@@ -223,7 +223,7 @@ class LossAndGradient(Function):
         *_, ctx.backend, inplace, ctx.has_tangent = inputs
         _, rows, gradient = output
         if inplace:
-            gradient = inputs[0]
+            gradient = inputs[0].detach()  # as it is no more what made it, autograd is not to see it as such
         else:
             ctx.mark_non_differentiable(gradient)
         ctx.set_materialize_grads(False)

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from tests import fuzz
+from tests.fuzz import __main__ as fuzz
 
 SEED = 20
 SAMPLE = {"torch": 180, "reference": 100, "triton": 20}

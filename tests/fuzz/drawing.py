@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from tests.expected import array
-from tests.layouts import LAYOUTS, lay
-from tests.refusals import make_mistake, refusal
-from tests.values import CLASSES, Draw, draw_head, draw_logits, draw_shape
+from tests.fuzz.expected import array
+from tests.fuzz.layouts import LAYOUTS, lay
+from tests.fuzz.refusals import make_mistake, refusal
+from tests.fuzz.values import CLASSES, Draw, draw_head, draw_logits, draw_shape
 
 LOSSES = ("truncated", "focal", "linear_truncated", "linear_focal")
 BACKENDS = ("torch", "reference", "triton")

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from tests.layouts import rows_overlap, two_strides_describe
+from tests.fuzz.layouts import rows_overlap, two_strides_describe
 
 
 def refusal(case):

@@ -7,8 +7,8 @@ import torch
 
 import tce_kernels
 from tce_kernels import LossStats, torch_ops
-from tests.drawing import Case
-from tests.expected import Undecided, array, expect
+from tests.fuzz.drawing import Case
+from tests.fuzz.expected import Undecided, array, expect
 
 FUNCTIONS = {
     ("truncated", False): tce_kernels.truncated_cross_entropy,

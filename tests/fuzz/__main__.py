@@ -15,13 +15,12 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tests/fuzz.py`
 if __name__ == "__main__" or not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when a kernel is defined
 
-from tests.drawing import BACKENDS, LOSSES, draw_case  # noqa: E402
-from tests.promises import Wrong, check  # noqa: E402
-from tests.values import Draw  # noqa: E402
+from tests.fuzz.drawing import BACKENDS, LOSSES, draw_case  # noqa: E402
+from tests.fuzz.promises import Wrong, check  # noqa: E402
+from tests.fuzz.values import Draw  # noqa: E402
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
 SHARES = {"torch": 0.6, "reference": 0.25, "triton": 0.15}  # of the cases, with --backend all

@@ -6,7 +6,7 @@ Each entry of an expectation is (wanted, bound), arrays of one shape: exact wher
 import numpy as np
 import torch
 
-from tests.definition import TINY, Rule, kept_by_rule, loss_and_gradient, softmax_rows, summation
+from tests.fuzz.definition import TINY, Rule, kept_by_rule, loss_and_gradient, softmax_rows, summation
 
 SMALLEST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133, torch.float32: 2.0**-149, torch.float64: 0.0}
 

@@ -1,0 +1,1 @@
+"""Random calls of the public losses against their definition: python -m tests.fuzz"""
