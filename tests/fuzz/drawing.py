@@ -202,6 +202,8 @@ def draw_case(seed, number, loss, backend) -> Case:
     hostile = draw.chance(0.12) and not spoils
     target = lay(target, draw, draw.choice(["contiguous", "contiguous", "sliced", "transposed", "every second"])).tensor
 
+    threshold = draw.weighted(THRESHOLD) if rule == "truncated" else None
+    near = None if rule == "focal" or threshold == 1 else float(threshold)
     if linear:
         bias = draw.chance(0.6)
         tensors = draw_head(draw, flat_target, dead, V, D, hostile, bias)
@@ -213,7 +215,7 @@ def draw_case(seed, number, loss, backend) -> Case:
             dtypes = [draw.choice([dtype, F32, BF16]) for _ in range(3)]
         shapes = [(*shape, D), (V, D), (V,)]
         kinds = [
-            ["contiguous", "contiguous", "padded", "sliced", "features apart", "expanded", "unaligned"],
+            ["contiguous", "contiguous", "padded", "sliced", "features apart", "expanded", "unaligned", "overlapping"],
             ["contiguous", "contiguous", "features apart", "padded", "unaligned"],
             ["contiguous", "every second"],
         ]
@@ -223,7 +225,7 @@ def draw_case(seed, number, loss, backend) -> Case:
         ]
         needs = [draw.chance(0.75) and laid is not None for laid in inputs]
     else:
-        logits = torch.from_numpy(draw_logits(draw, flat_target, dead, V, hostile)).view(*shape, V)
+        logits = torch.from_numpy(draw_logits(draw, flat_target, dead, V, hostile, near)).view(*shape, V)
         inputs = [lay(logits.to(dtype), draw, draw.weighted(LAYOUTS))]
         needs = [draw.chance(0.93)]
 
@@ -234,11 +236,9 @@ def draw_case(seed, number, loss, backend) -> Case:
         block_logits=draw.choice([16, 256, 1024, 2**21]),
         default_dtype=draw.weighted({F32: 30, F64: 1, BF16: 1}),
         context=draw.weighted({"plain": 10, "no_grad": 1, "checkpoint": 1, "hooks": 1}),
-        autocast=autocast, again=draw.chance(0.4),
+        threshold=threshold, autocast=autocast, again=draw.chance(0.4),
     )  # fmt: skip
-    if rule == "truncated":
-        case.threshold = draw.weighted(THRESHOLD)
-    else:
+    if rule == "focal":
         case.gamma, case.alpha = draw.weighted(GAMMA), draw.weighted(ALPHA)
         if not inputs[0].tensor.isfinite().all():
             case.alpha = case.alpha or 1  # whether 0 * NaN is 0 there is left open

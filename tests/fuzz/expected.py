@@ -178,18 +178,19 @@ def _head_gradients(case, wanted, dlogits, e, counted, eps, total):
     size = np.abs(dlogits) + e
     if m == torch.float16:  # out of its range
         e = np.where(size > 6e4 * max(factor, 1e-30), np.inf, e)
-    upstream_rounds = once if narrow and case.in_forward else 2 * eps
     x = np.where(counted[:, None], x, 0)
     size_x, size_W = np.abs(x), np.abs(W)
 
-    def finish(name, tensor, value, bound, size, n_terms, n_sums, total_dtype):
+    def finish(name, tensor, value, bound, size, n_terms, n_sums, of_sum):
+        """n_sums roundings of what is added up, one of the sum in its dtype and one in that of the tensor."""
         if tensor is None or not tensor.requires_grad:
             return
         bound = bound + summation(n_terms, eps) * size + n_sums * (half * size + smallest * (size > 0))
-        bound = bound + upstream_rounds * size
-        dtype = tensor.dtype
-        if narrow or dtype != total_dtype:
-            bound = bound + _ulps(case, dtype) * eps_of(dtype) * (np.abs(value) + bound) + SMALLEST[dtype] * (size > 0)
+        narrow_sum = eps_of(of_sum) > 1e-6
+        bound = bound + size * (_ulps(case, of_sum) * eps_of(of_sum) if narrow_sum and case.in_forward else 2 * eps)
+        if eps_of(tensor.dtype) > 1e-6 or tensor.dtype != of_sum:
+            bound = bound + _ulps(case, tensor.dtype) * eps_of(tensor.dtype) * (np.abs(value) + bound)
+            bound = bound + SMALLEST[tensor.dtype] * (size > 0)
         bound = np.where(np.isnan(bound), np.inf, bound)
         if m == torch.float16:
             bound = np.where(size > 6e4 * max(min(factor, 1), 1e-30), np.inf, bound)
@@ -198,13 +199,15 @@ def _head_gradients(case, wanted, dlogits, e, counted, eps, total):
     with np.errstate(all="ignore"):
         # The gradient of the input is scaled by the upstream gradient in the dtype of the matmul, under autocast too.
         e_input = e @ size_W + SMALLEST[m] * (counted[:, None] if narrow else 0)
-        finish("d input", case.leaves[0], dlogits @ W, e_input, size @ size_W, W.shape[0], 1, m)
-        # The products of chunks are rounded, and so is what they add up to where `accumulate_dtype` is narrow.
-        total_dtype = torch.promote_types(case.options.get("accumulate_dtype", torch.float32), m)
-        n_sums = 1 + (case.n_chunks if eps_of(total_dtype) > 1e-6 else 0)
+        finish("d input", case.leaves[0], dlogits @ W, e_input, size @ size_W, W.shape[0], narrow, m)
+        # The products of chunks are rounded, and so is what they add up to where `accumulate_dtype` is narrow, or
+        # where autograd adds up.
+        of_sum = torch.promote_types(case.options.get("accumulate_dtype", torch.float32), m)
+        of_sum = m if case.backend == "reference" else of_sum
+        sums = case.n_chunks if eps_of(of_sum) > 1e-6 else 0
         size_dW, size_db = size.T @ size_x, size.sum(0)
-        finish("d linear_weight", case.leaves[1], dlogits.T @ x, e.T @ size_x, size_dW, n, n_sums, total_dtype)
-        finish("d linear_bias", case.leaves[2], dlogits.sum(0), e.sum(0), size_db, n, n_sums, total_dtype)
+        finish("d linear_weight", case.leaves[1], dlogits.T @ x, e.T @ size_x, size_dW, n, sums + narrow, of_sum)
+        finish("d linear_bias", case.leaves[2], dlogits.sum(0), e.sum(0), size_db, n, sums, of_sum)
 
 
 def _statistics(case, wanted, rows, x, e_x, valid, kept, eps):

@@ -26,7 +26,7 @@ class Laid:
 
 LAYOUTS = {
     "contiguous": 8, "unaligned": 3, "padded": 3, "sliced": 3, "transposed": 2, "expanded": 1, "odd size 1": 1,
-    "three strides": 0.5, "classes apart": 0.3,
+    "overlapping": 0.7, "three strides": 0.5, "classes apart": 0.3,
 }  # fmt: skip
 
 
@@ -65,6 +65,8 @@ def lay(values, draw, kind, zeros=False):
         stride[dim] = running if dim != expanded else 0
         if dim != expanded:
             running *= max(shape[dim] + pads[dim], 1)
+    if kind == "overlapping" and n > 1 and shape[0] > 1:
+        stride[0] = max(stride[0] - draw.randint(1, max(stride[0] // 2, 1)), 0)  # as in windows of a sequence
     if kind == "odd size 1":
         stride = [draw.choice([1, 7, 10**6]) if size == 1 else by for size, by in zip(shape, stride, strict=True)]
     if kind == "expanded" and 0 in shape and draw.chance(0.5):
@@ -74,7 +76,8 @@ def lay(values, draw, kind, zeros=False):
     poison = 0 if zeros else math.nan if values.is_floating_point() else POISON
     memory = torch.full((extent if 0 not in shape else offset + 1,), poison, dtype=values.dtype)
     if values.numel():
-        memory.as_strided(values.shape, stride, offset).copy_(values)
+        places = torch.arange(len(memory)).as_strided(values.shape, stride, offset)
+        memory[places.reshape(-1)] = values.reshape(-1)
     return Laid(memory, tuple(shape), tuple(stride), offset, kind)
 
 

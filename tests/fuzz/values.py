@@ -31,7 +31,7 @@ def draw_shape(draw, small):
         return (draw.randint(0, most) if draw.chance(0.95) else 0,)
     shape, left = [], most
     for _ in range(dims):
-        size = draw.weighted({0: 0.15, 1: 2, 2: 3, 3: 2, 4: 1, 5: 1, 7: 0.5, 13: 0.3})
+        size = draw.weighted({0: 0.3, 1: 2, 2: 3, 3: 2, 4: 1, 5: 1, 7: 0.5, 13: 0.3})
         size = min(size, max(left, 1))
         left //= max(size, 1)
         shape.append(size)
@@ -101,12 +101,26 @@ HOSTILE = [
 DEAD = [(_set(math.nan, "all"), 1), (_set(math.inf), 1), (_set(-math.inf, "all"), 1), (_set(math.nan), 1), (None, 3)]
 
 
-def draw_logits(draw, target, dead, V, hostile):
+def _towards(p):
+    """The target's probability a little above or below p: on one side of a threshold, but not far."""
+
+    def change(row, t, draw):
+        others = np.delete(row, t)
+        near = p * (1 + draw.choice([-1, 1]) * draw.choice([1e-2, 1e-3, 1e-4, 3e-5]))
+        if len(others) and near < 1:
+            row[t] = others.max() + np.log(np.exp(others - others.max()).sum()) + math.log(near) - math.log1p(-near)
+
+    return change
+
+
+def draw_logits(draw, target, dead, V, hostile, threshold=None):
     rows = draw.arrays.standard_normal((len(target), V)) * draw.choice([0.1, 1, 2, 4])
     for row, t, is_dead in zip(rows, target, dead, strict=True):
         t = t if 0 <= t < V else 0
         table = DEAD if is_dead else HOSTILE if hostile and draw.chance(0.4) else ORDINARY
         (change,) = draw.choices(*zip(*table, strict=True))
+        if threshold is not None and not is_dead and draw.chance(0.15):
+            change = _towards(threshold)
         if change is not None:
             change(row, t, draw)
     return rows
