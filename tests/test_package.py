@@ -168,7 +168,7 @@ def test_triton_without_a_gpu_and_without_the_interpreter():
 
 
 def test_import_is_quick_and_touches_no_device():
-    """It takes a part of the processor's time for torch; most of it is torch.utils.flop_counter's, which loads triton."""
+    """It takes a part of torch's time; most of that is torch.utils.flop_counter's, which loads triton."""
     done = run("""if True:
         import sys, time
         start = time.process_time()
