@@ -54,7 +54,7 @@ def _focal(gamma, alpha):
         q = -torch.expm1(s.clamp(min=-100))
         return torch.where(q == 0, 0 * s, -alpha * torch.where(q == 0, 1, q) ** s.new_full((), gamma) * s)
 
-    return phi, lambda s: torch.full_like(s, alpha) != 0
+    return phi, lambda s: (torch.full_like(s, alpha) != 0) | s.isnan()
 
 
 # Where logits come from: functions of the rows that are dead, whose NaN must not reach a gradient as 0 * NaN.
