@@ -30,6 +30,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="looks into the interpr
 
 N, V = 8, 199  # with `small_blocks`: blocks of 64 logits, masked ones of 16, 2 threads a row
 BLOCK = 64
+ONE_BLOCK = 13  # columns of rows that stay in registers, aligned or not
 MOST_SPLITS = 16
 
 
@@ -277,7 +278,7 @@ def test_rows_of_no_upstream_gradient_contain_their_nan(shared, device, small_bl
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("n_columns", [BLOCK - 1, V], ids=["one block", "blocks"])
+@pytest.mark.parametrize("n_columns", [ONE_BLOCK, V], ids=["one block", "blocks"])
 @pytest.mark.parametrize("n_multiprocessors", [2, 16], ids=["a program a row", "shared rows"])
 def test_a_row_of_nothing_but_minus_infinity(
     n_multiprocessors, n_columns, requires_grad, device, small_blocks, monkeypatch
@@ -288,13 +289,14 @@ def test_a_row_of_nothing_but_minus_infinity(
         logits = torch.full((3, n_columns), -math.inf, dtype=dtype, device=device)
         logits[1, 5:9] = 2.0
         target = torch.tensor([5, 5, n_columns - 1], device=device)
+        reduction = "mean" if requires_grad else "none"  # a gradient in the forward pass, or none
         value, stats = cross_entropy(
-            logits.requires_grad_(requires_grad), target, reduction="none", return_stats=True, backend="triton",
+            logits.requires_grad_(requires_grad), target, reduction=reduction, return_stats=True, backend="triton",
             **options,
         )  # fmt: skip
         lse = 2 * options.get("logit_scale", 1.0) + math.log(4)
         assert stats.lse.tolist() == [-math.inf, pytest.approx(lse), -math.inf]
-        assert value.isnan().tolist() == [True, False, True]
+        assert value.isnan().tolist() == (True if requires_grad else [True, False, True])
         assert stats.kept.all()
         assert stats.correct.tolist() == [False, True, False]
 
@@ -373,6 +375,18 @@ def test_logits_that_no_product_fits(common, shared, logit_scale, device, small_
         cross_entropy, logits.double(), target, logit_scale=logit_scale, backend="reference", reduction="none"
     )
     torch.testing.assert_close(gradient.double(), exact[1], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("common", [1e4, 3e6, -3e6])
+@pytest.mark.parametrize("shared", [False, True], ids=["a program a row", "shared rows"])
+def test_the_common_size_of_logits_costs_no_digits(common, shared, device, small_blocks, monkeypatch):
+    """A product with log2(e) is rounded by up to 0.25 here, in the maximum's exponent as in all others."""
+    if shared:
+        share_rows(monkeypatch, 16)
+    logits = common + (torch.randn(3, V, generator=torch.Generator().manual_seed(0)) * 2).round() / 2
+    logits, target = logits.to(device), torch.tensor([3, 100, V - 1], device=device)
+    for way in ({"reduction": "none"}, {"reduction": "sum"}):
+        assert_matches_reference(cross_entropy, logits, target, backend="triton", **way)
 
 
 @pytest.mark.parametrize(
@@ -526,7 +540,7 @@ def test_the_target_has_the_bits_of_the_maximum(softcap, shared, device, small_b
     if shared:
         share_rows(monkeypatch, 64)
     right = torch.arange(8, device=device) < 6
-    for columns in (BLOCK - 3, V):
+    for columns in (ONE_BLOCK, V):
         logits = torch.randn(8, columns, generator=torch.Generator().manual_seed(3)).to(device)
         target = (logits.argmax(1) + ~right) % columns
         for requires_grad in (False, True):
