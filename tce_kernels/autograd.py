@@ -194,8 +194,8 @@ def is_memory_at(address: int | None, tensor: Tensor) -> bool:
 
 def product(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient * factor [], in float32 at least, rounded once to `dtype`."""
-    if is_plain(gradient, factor) and gradient.dtype == compute_dtype(gradient.dtype):
-        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+    if is_plain(gradient, factor) and gradient.is_cuda and gradient.dtype == compute_dtype(gradient.dtype):
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))  # one kernel, no copy between
     return (gradient.to(compute_dtype(gradient.dtype)) * factor).to(dtype)
 
 

@@ -42,8 +42,8 @@ def truncated_cross_entropy(
             strided, as logits[:, :-1] is.
         target: (...) int32 or int64, in [0, V) or `ignore_index`. A bad target is an IndexError on a CPU; on a GPU,
             where looking would synchronise, its row's loss and gradient are NaN.
-        threshold: in (0, 1]; 1 is plain cross-entropy. A 0-d tensor on the device of the logits changes without a
-            recompilation; its range is not checked.
+        threshold: in (0, 1]; 1 is plain cross-entropy. Or a 0-d tensor on the device of the logits, whose range is
+            not checked.
         weight: (V,) one weight per class, or None for ones.
         token_weight: (...) one weight per token, or None for ones.
         ignore_index: rows with this target are left out, and not even read.
@@ -56,13 +56,14 @@ def truncated_cross_entropy(
         softcap: soft limit of the logits, or None.
         logit_scale: factor of the logits, the inverse of a temperature.
         inplace: backward's gradient takes the memory of the logits, whose values are then lost: during the forward
-            call where the gradient is made there, otherwise in backward. No effect where nothing requires grad, or
-            on the reference.
+            call where the gradient is made there, otherwise in backward. Not for a leaf that requires grad or a view
+            of one. No effect where nothing requires grad, on the reference, and where the write would go unnoticed:
+            compiled, in functional transforms and forward mode, under dispatch modes (selective checkpointing).
         allow_retain_graph: keep the logits and recompute the gradient at each backward. Without it, a second backward
             through a mean or sum raises an error.
         return_stats: also return `LossStats`, from the same pass.
         backend: "triton", "torch" or "reference", which never fall back, or "auto": triton for logits on a GPU,
-            torch otherwise. Second derivatives and torch.func.grad need "reference".
+            torch otherwise. Second derivatives need "reference".
 
     Returns:
         float32 (float64 for float64 logits): a scalar, or (...) with reduction="none"; with return_stats=True
@@ -159,9 +160,9 @@ def linear_truncated_cross_entropy(
         accumulate_dtype: of the sums over rows in the gradients of weight and bias, which are rounded once, at the end;
             never narrower than the matmuls. The sums stay in it inside the matmul where torch and the device can
             (addmm with out_dtype). Where they cannot, as on a CPU, a 16-bit matmul rounds its product for each chunk.
-        threshold and the other options: as in `truncated_cross_entropy`. The gradients of a mean or sum are made
-            during the forward call; for reduction="none" or allow_retain_graph=True, backward makes the logits of the
-            kept rows again.
+        allow_retain_graph: make the logits of the kept rows again at each backward, as reduction="none" does, instead
+            of the gradients during the forward call. Not needed for retain_graph=True.
+        threshold and the other options: as in `truncated_cross_entropy`.
 
     Returns:
         float32 (float64 for float64 input): a scalar, or (...) with reduction="none"; with return_stats=True
@@ -170,7 +171,8 @@ def linear_truncated_cross_entropy(
     Raises:
         As `truncated_cross_entropy`.
 
-    On a GPU the host waits once before the first chunk and once in each, to learn how many rows are left.
+    On a GPU the host waits once before the first chunk and once in each, to learn how many rows are left. Forward mode
+    has all logits in memory.
 
     Source: equation 3 of arXiv:2509.08972; the order of the matmuls is this package's own.
     """

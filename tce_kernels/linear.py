@@ -293,9 +293,11 @@ class LinearLossAndGradients(Function):
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, address: int | None, backend: str) -> Tensor:
     """gradient * factor [] in `dtype`; in place where nobody can ask for the gradient again."""
-    if gradient.dtype == dtype and is_plain(factor) and is_memory_at(address, gradient) and not graph_is_kept():
+    # On a CPU, where a factor of 1 costs nothing, scaling and conversion are quicker one after the other.
+    one_by_one = gradient.dtype == dtype or gradient.device.type == "cpu" and gradient.dtype.itemsize >= 4
+    if one_by_one and is_plain(factor) and is_memory_at(address, gradient) and not graph_is_kept():
         backend_of(backend, gradient).scale_(rows_of(gradient), factor)
-        return gradient
+        return gradient.to(dtype)
     return product(gradient, factor, dtype)
 
 
