@@ -257,11 +257,10 @@ def linear_loss(
         return logits_loss(torch.nn.functional.linear(*head), target, LogitsOptions(**of_logits))
 
     dtype = linear.matmul_dtype(input)
-    chunk_size = None if options.chunk_size == "auto" else options.chunk_size
 
     def path(*arguments):
         return linear.loss_and_rows(
-            *head, *arguments, *options.form(), backend, chunk_size, dtype, options.accumulate_dtype,
+            *head, *arguments, *options.form(), *options.chunks(), dtype, backend,
             in_forward=options.reduction != "none" and not options.allow_retain_graph, may_vanish=options.by_kept,
         )  # fmt: skip
 

@@ -19,7 +19,7 @@ from .autograd import address_of, backend_of, check_target, hand_out, is_memory_
 from .checks import is_autocast
 from .context import graph_is_kept, is_plain
 from .layout import flat, rows_of, shaped
-from .options import form_of
+from .options import CHUNKS_SCHEMA, Chunks, Form, form_of
 from .stats import COEF, N_FIELDS
 
 GPU_CHUNK_ROWS, GPU_CHUNK_BYTES = 2048, 2**29
@@ -158,24 +158,31 @@ def _through_chunks(
 
 
 HEAD = "Tensor input, Tensor weight, Tensor? bias, Tensor target"
-CHUNKS = "str backend, int? chunk_size, ScalarType dtype, ScalarType accumulate_dtype, bool[] needs"
+PLAIN = "{form}, " + CHUNKS_SCHEMA + ", ScalarType dtype, str backend, bool[] needs"
 GRADIENTS = "Tensor dinput, Tensor dweight, Tensor dbias"
+
+
+def _opened(plain) -> tuple[tuple, Chunks, torch.dtype, str, Sequence[bool]]:
+    """The plain values that an operator was called with: those of its form, of its chunks, and the others."""
+    n = len(Form._fields)
+    *chunks, dtype, backend, needs = plain[n:]
+    return plain[:n], Chunks(*chunks), dtype, backend, needs
 
 
 @operator(
     "linear_loss",
-    HEAD + ", Tensor row_scale, Tensor param, {form}, " + CHUNKS,
+    HEAD + ", Tensor row_scale, Tensor param, " + PLAIN,
     "Tensor loss, Tensor rows, " + GRADIENTS,
 )
 def linear_loss(input, weight, bias, target, row_scale, param, *plain):
     """Loss (...), rows (6, ...), and the gradients of the sum that are needed (those of input, weight and bias)."""
-    *form, backend, chunk_size, dtype, accumulate_dtype, needs = plain
+    form, chunks, dtype, backend, needs = _opened(plain)
     form = form_of(*form)
     if backend == "torch":
         check_target(target, len(weight), form.ignore_index)
     row_operations = backend_of(backend, input)
     head = _Head(input, weight, bias, dtype)
-    gradients = _Gradients(head, needs, accumulate_dtype)
+    gradients = _Gradients(head, needs, chunks.accumulate_dtype)
     flat_target, flat_scale = flat(target), flat(row_scale)
     loss = row_scale.new_zeros(target.numel())
     rows = row_scale.new_zeros(N_FIELDS, target.numel())
@@ -193,30 +200,30 @@ def linear_loss(input, weight, bias, target, row_scale, param, *plain):
 
     live = (flat_target != form.ignore_index).nonzero().squeeze(1)
     if any(needs):
-        _through_chunks(head, live, chunk_size, backend, loss_and_kept_dlogits, gradients)
+        _through_chunks(head, live, chunks.chunk_size, backend, loss_and_kept_dlogits, gradients)
     else:
-        _through_chunks(head, live, chunk_size, backend, row_loss, None)
+        _through_chunks(head, live, chunks.chunk_size, backend, row_loss, None)
     return shaped(loss, target.shape), rows.view(N_FIELDS, *target.shape), *gradients.finished(input.shape)
 
 
 @linear_loss.register_fake
 def _(input, weight, bias, target, row_scale, param, *plain):
     rows = row_scale.new_empty((N_FIELDS, *target.shape))
-    return row_scale.new_empty(target.shape), rows, *_fake_gradients(input, weight, *plain[-3:])
+    return row_scale.new_empty(target.shape), rows, *_fake_gradients(input, weight, plain)
 
 
 @operator(
     "linear_gradients",
-    HEAD + ", Tensor row_grad, Tensor rows, {form}, " + CHUNKS,
+    HEAD + ", Tensor row_grad, Tensor rows, " + PLAIN,
     GRADIENTS,
 )
 def linear_gradients(input, weight, bias, target, row_grad, rows, *plain):
     """The gradients that are needed, from logits made again, for row_grad (...) = upstream gradient * row_scale."""
-    *form, backend, chunk_size, dtype, accumulate_dtype, needs = plain
+    form, chunks, dtype, backend, needs = _opened(plain)
     form = form_of(*form)
     row_operations = backend_of(backend, input)
     head = _Head(input, weight, bias, dtype)
-    gradients = _Gradients(head, needs, accumulate_dtype)
+    gradients = _Gradients(head, needs, chunks.accumulate_dtype)
     flat_target, flat_grad, flat_rows = flat(target), flat(row_grad), rows.reshape(N_FIELDS, -1)
 
     def dlogits(logits, chunk):
@@ -224,19 +231,19 @@ def linear_gradients(input, weight, bias, target, row_grad, rows, *plain):
         return chunk
 
     wanted = ((flat_rows[COEF] != 0) & (flat_grad != 0)).nonzero().squeeze(1)
-    _through_chunks(head, wanted, chunk_size, backend, dlogits, gradients)
+    _through_chunks(head, wanted, chunks.chunk_size, backend, dlogits, gradients)
     return gradients.finished(input.shape)
 
 
 @linear_gradients.register_fake
 def _(input, weight, bias, target, row_grad, rows, *plain):
-    return _fake_gradients(input, weight, *plain[-3:])
+    return _fake_gradients(input, weight, plain)
 
 
-def _fake_gradients(input, weight, dtype, accumulate_dtype, needs):
-    needs_input, needs_weight, needs_bias = needs
+def _fake_gradients(input, weight, plain):
+    _, chunks, dtype, _, (needs_input, needs_weight, needs_bias) = _opened(plain)
     dtype = _supported(dtype, input.device)
-    total_dtype = torch.promote_types(accumulate_dtype, dtype)
+    total_dtype = torch.promote_types(chunks.accumulate_dtype, dtype)
     return (
         input.new_empty(input.shape if needs_input else (0,), dtype=dtype),
         weight.new_empty(weight.shape if needs_weight else (0,), dtype=total_dtype),
@@ -268,7 +275,7 @@ class LinearLossAndGradients(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *_, ctx.backend, _, _, _, ctx.needs, ctx.may_vanish = inputs
+        *_, ctx.backend, ctx.needs, ctx.may_vanish = inputs
         _, rows, *gradients = output
         ctx.mark_non_differentiable(*gradients)
         ctx.set_materialize_grads(False)

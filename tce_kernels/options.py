@@ -199,6 +199,16 @@ class LogitsOptions(LossOptions):
             raise ValueError("inplace must be False with allow_retain_graph=True, which keeps the logits, got True")
 
 
+class Chunks(NamedTuple):
+    """What only the linear losses are told, in plain values: options of the same names, None for "auto"."""
+
+    chunk_size: int | None
+    accumulate_dtype: torch.dtype
+
+
+CHUNKS_SCHEMA = "int? chunk_size, ScalarType accumulate_dtype"
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LinearOptions(LossOptions):
     """Options of a loss that makes its own logits."""
@@ -216,3 +226,7 @@ class LinearOptions(LossOptions):
         if not isinstance(self.accumulate_dtype, torch.dtype):
             raise TypeError(f"accumulate_dtype must be a torch.dtype, got {self.accumulate_dtype!r}")
         check_choice("accumulate_dtype", self.accumulate_dtype, DTYPES)
+
+    def chunks(self) -> Chunks:
+        values = [getattr(self, name) for name in Chunks._fields]
+        return Chunks(*[None if value == "auto" else value for value in values])
