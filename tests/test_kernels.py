@@ -239,15 +239,16 @@ def test_rows_of_one_block_are_read_once(device, memory):
 
 
 @interpreted
-def test_dropped_rows_of_a_chunk_are_not_written(device, memory):
+@pytest.mark.parametrize("columns", [ONE_BLOCK, V], ids=["one block", "blocks"])
+def test_dropped_rows_of_a_chunk_are_not_written(columns, device, memory):
     """The linear path packs the kept rows, and wants nothing of the others."""
-    inputs = make_linear_inputs(9, 8, V, torch.float32, device, confident=0.6)
+    inputs = make_linear_inputs(9, 8, columns, torch.float32, device, confident=0.6)
     _, stats = linear_truncated(*inputs, return_stats=True, backend="triton")
     memory.forget()
     linear_loss_and_gradients(linear_truncated, *inputs, backend="triton")
     (buffer,) = [args[0] for name, args in memory.launches if name == "loss_and_dlogits_kernel"]
     kept = stats.kept[stats.valid]
-    written = memory.count("written", buffer[0])[:, :V]
+    written = memory.count("written", buffer[0])[:, :columns]
     assert 0 < kept.sum() < len(kept) and not kept[kept.sum() :].all()
     assert (written[kept.sum() :][~kept[kept.sum() :]] == 0).all()
     assert (written[: kept.sum()] > 0).all()
