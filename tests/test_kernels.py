@@ -11,6 +11,7 @@ from cases import (
     assert_matches_reference,
     cross_entropy,
     focal,
+    linear_loss_and_gradients,
     linear_truncated,
     loss_and_gradient,
     make_inputs,
@@ -69,6 +70,7 @@ class Memory:
         from triton.runtime import interpreter
 
         self.accesses = {"read": [], "written": []}
+        self.launches = []  # name and arguments
         self.wide_blocks = self.claims = 0
         self._vector = 1
         self._watch_launches(monkeypatch)
@@ -93,6 +95,7 @@ class Memory:
             def __getitem__(self, grid):
                 def launch(*args, **kwargs):
                     memory._vector = kwargs.get("VECTOR", 1)
+                    memory.launches.append((self.kernel.__name__, args))
                     self.kernel[grid](*args, **kwargs)
 
                 return launch
@@ -209,6 +212,46 @@ def test_16_bytes_at_a_time_start_at_a_multiple_of_16_bytes(dtype, way, shared, 
         torch.testing.assert_close(gradient, exact, atol=2e-6, rtol=2 * torch.finfo(dtype).eps + 1e-5)
     assert memory.claims > 0
     assert memory.wide_blocks > 0
+
+
+@interpreted
+@pytest.mark.parametrize("way", WAYS)
+def test_alignment_is_that_of_both_strides(way, device, memory):
+    """Every row of the logits starts at a boundary but for those after the gap, which the gradient has not."""
+    logits, target = make_inputs(8, 200, torch.bfloat16, device)
+    gapped = logits.new_zeros(2 * 803).as_strided((2, 4, 200), (803, 200, 1)).copy_(logits.view(2, 4, 200))
+    _, exact = loss_and_gradient(truncated, logits.view(2, 4, 200), target.view(2, 4), backend="torch", **WAYS[way])
+    _, gradient = loss_and_gradient(truncated, gapped, target.view(2, 4), backend="triton", **WAYS[way])
+    torch.testing.assert_close(gradient, exact, atol=2e-6, rtol=2 * torch.finfo(torch.bfloat16).eps)
+
+
+@interpreted
+def test_rows_of_one_block_are_read_once(device, memory):
+    """They stay in registers for the gradient; ignored ones are not read."""
+    logits, target = make_inputs(N, ONE_BLOCK, torch.bfloat16, device)
+    ignored, target[target != -100] = target == -100, 5
+    others = torch.arange(ONE_BLOCK) != 5
+    _, gradient = loss_and_gradient(cross_entropy, logits, target, backend="triton")
+    read = memory.count("read", logits)
+    assert (read[ignored] == 0).all()
+    assert (read[~ignored][:, others] == 1).all()
+    assert memory.outside("read", logits) == memory.outside("written", gradient) == 0
+
+
+@interpreted
+@pytest.mark.parametrize("columns", [ONE_BLOCK, V], ids=["one block", "blocks"])
+def test_dropped_rows_of_a_chunk_are_not_written(columns, device, memory):
+    """The linear path packs the kept rows, and wants nothing of the others."""
+    inputs = make_linear_inputs(9, 8, columns, torch.float32, device, confident=0.6)
+    _, stats = linear_truncated(*inputs, return_stats=True, backend="triton")
+    memory.forget()
+    linear_loss_and_gradients(linear_truncated, *inputs, backend="triton")
+    (buffer,) = [args[0] for name, args in memory.launches if name == "loss_and_dlogits_kernel"]
+    kept = stats.kept[stats.valid]
+    written = memory.count("written", buffer[0])[:, :columns]
+    assert 0 < kept.sum() < len(kept) and not kept[kept.sum() :].all()
+    assert (written[kept.sum() :][~kept[kept.sum() :]] == 0).all()
+    assert (written[: kept.sum()] > 0).all()
 
 
 @interpreted
@@ -414,6 +457,16 @@ def test_rows_that_are_larger_than_the_cache(n_rows, device, small_blocks, monke
     target[0] = 7
     assert_matches_reference(truncated, logits, target, backend="triton")
     assert_matches_reference(truncated, logits, target, backend="triton", reduction="none")
+
+
+@interpreted
+@pytest.mark.parametrize("cache_bytes, shares", [(2**20, True), (128, False)])
+def test_rows_are_shared_if_the_cache_holds_them(cache_bytes, shares, device, memory, monkeypatch):
+    """Sharing needs a launch between the two sweeps: without the cache the second would read device memory again."""
+    monkeypatch.setattr(triton_ops, "_device_figures", lambda device: (16, cache_bytes))
+    logits, target = make_inputs(2, V * 40, torch.bfloat16, device)
+    assert_matches_reference(truncated, logits, target, backend="triton")
+    assert ("split_sums_kernel" in [name for name, _ in memory.launches]) == shares
 
 
 class Given(torch.autograd.Function):
