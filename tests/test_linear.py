@@ -712,6 +712,8 @@ def train_in_parallel(rank, world_size, folder, state, batches):
     parallel(input, target).backward()
     if rank == 0:
         torch.save([parameter.grad for parameter in model.parameters()], f"{folder}/gradients")
+    torch.distributed.barrier()  # nobody leaves while another process still talks
+    del parallel  # it holds the group that ends now
     torch.distributed.destroy_process_group()
 
 
