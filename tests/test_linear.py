@@ -3,6 +3,7 @@
 import itertools
 import os
 import shutil
+import time
 
 import pytest
 import torch
@@ -738,9 +739,12 @@ def test_distributed_data_parallel_gives_the_gradients_of_one_process(tmp_path):
         model.head.weight.copy_(weight)
     for second in (target[6:], torch.full_like(target[6:], -100)):
         batches = [(input[:6], target[:6]), (input[6:], second)]
-        torch.multiprocessing.spawn(
-            train_in_parallel, (2, str(tmp_path), model.state_dict(), batches), nprocs=2, join=True
+        processes = torch.multiprocessing.spawn(
+            train_in_parallel, (2, str(tmp_path), model.state_dict(), batches), nprocs=2, join=False
         )
+        end = time.monotonic() + 120
+        while not processes.join(timeout=10):
+            assert time.monotonic() < end, "the processes wait for one another"
         (tmp_path / "rendezvous").unlink(missing_ok=True)
         model.zero_grad()
         (sum(model(*batch) for batch in batches) / 2).backward()
