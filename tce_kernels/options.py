@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .checks import DTYPES, check_choice, check_constant, check_flag, check_number, check_tensor
-from .context import holds
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 
@@ -137,10 +136,9 @@ class LossOptions:
             if getattr(self, name) is not None:
                 check_tensor(name, getattr(self, name))
                 check_constant(name, getattr(self, name))
-        smoothed = not holds(self.label_smoothing == 0)
-        if smoothed and self.weight is not None:
+        if self.weight is not None and self.label_smoothing != 0:
             raise ValueError(f"label_smoothing must be 0 with class weights, got {self.label_smoothing}")
-        if smoothed and isinstance(self.rule, Focal):
+        if isinstance(self.rule, Focal) and self.label_smoothing != 0:
             raise ValueError(f"label_smoothing must be 0 with the focal loss, got {self.label_smoothing}")
 
     def _check_denominator(self):

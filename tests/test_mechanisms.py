@@ -387,6 +387,20 @@ def test_numbers_in_a_compiled_graph(backend, case, device):
     close(got, gradient(lambda x: read(x, tensor), x))
 
 
+@pytest.mark.parametrize("module", [
+    tce_kernels.TruncatedCrossEntropyLoss(0.6, weight=torch.linspace(0.1, 1, V)),
+    tce_kernels.TruncatedCrossEntropyLoss(0.6, label_smoothing=0.1, denominator=7),
+    tce_kernels.FocalCrossEntropyLoss(1.5, reduction="none"),
+])  # fmt: skip
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_modules_in_a_compiled_graph_of_dynamic_sizes(dynamic, module):
+    """With dynamic=True the numbers that a module holds are symbolic too."""
+    step = compiled(module, dynamic=dynamic)
+    for n in (4, 5, 9):
+        logits, target = make_inputs(n, V, torch.float32, "cpu")
+        close(gradient(lambda x: step(x, target), logits), gradient(lambda x: module(x, target), logits))  # noqa: B023
+
+
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], *LINEAR_CASES[::2]])
 @ANY_BACKEND
 def test_a_compiled_loss_copies_nothing(backend, case, device):
