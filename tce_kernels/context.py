@@ -35,9 +35,16 @@ def graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
+# The compilers of older versions refuse to go through `statically_known_true`.
+_MAY_BE_UNKNOWN = torch.__version__ >= "2.9"
+
+
 def holds(condition: bool) -> bool:
-    """A condition on numbers or sizes; False where only data, or a guard of the compiler, could tell."""
-    if isinstance(condition, bool) and not torch.compiler.is_compiling():
+    """A condition on numbers or sizes; False where only data, or a guard of the compiler, could tell.
+
+    Before torch 2.9 the compiler guards: a number that changes is compiled anew, one that is unknown is an error.
+    """
+    if not _MAY_BE_UNKNOWN or isinstance(condition, bool) and not torch.compiler.is_compiling():
         return condition
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
 

@@ -1,5 +1,9 @@
 """The public losses: documentation, checks, the choice of backend and path, reduction."""
 
+import functools
+import inspect
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -8,211 +12,6 @@ from .context import has_tangent
 from .options import Focal, LinearOptions, LogitsOptions, Truncated
 from .stats import LossStats
 from .torch_ops import compute_dtype
-
-
-def truncated_cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    threshold: float | Tensor = 0.9,
-    *,
-    weight: Tensor | None = None,
-    token_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    denominator: str | float | Tensor = "valid",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    inplace: bool = False,
-    allow_retain_graph: bool = False,
-    return_stats: bool = False,
-    backend: str = "auto",
-) -> Tensor | tuple[Tensor, LossStats]:
-    """Cross-entropy that drops the tokens whose target the model already predicts with confidence.
-
-        loss[n] = -log p[n]  if p[n] <= threshold  else  0,        p[n] = softmax(z[n])[target[n]]
-        z = logit_scale * logits, then softcap * tanh(z / softcap) if softcap is given
-
-    A dropped row (truncated, ignored or of zero weight) adds exactly 0 to the loss and has a gradient of exact zeros.
-    The comparison is made in float32 whatever the dtype of the logits; the mask carries no gradient.
-
-    Args:
-        logits: (..., V) float16, bfloat16, float32 (or float64, not on Triton). Classes contiguous; rows may be
-            strided, as logits[:, :-1] is.
-        target: (...) int32 or int64, in [0, V) or `ignore_index`. A bad target is an IndexError on a CPU; on a GPU,
-            where looking would synchronise, its row's loss and gradient are NaN.
-        threshold: in (0, 1]; 1 is plain cross-entropy. Or a 0-d tensor on the device of the logits, whose range is
-            not checked.
-        weight: (V,) one weight per class, or None for ones.
-        token_weight: (...) one weight per token, or None for ones.
-        ignore_index: rows with this target are left out, and not even read.
-        reduction: "mean", "sum", or "none" for one loss per token.
-        denominator: what "mean" divides by. "valid": the rows that are not ignored, truncated ones included, as in the
-            paper; "kept": the rows that are left; with weights, the sum of the weights of those rows. Or a number or
-            0-d tensor, such as the token count of an accumulated batch. A denominator of 0 gives a loss of 0.
-        label_smoothing: in [0, 1], for the rows that are kept. Not together with `weight`.
-        z_loss: adds z_loss * logsumexp(z)^2 to the rows that are kept.
-        softcap: soft limit of the logits, or None.
-        logit_scale: factor of the logits, the inverse of a temperature.
-        inplace: backward's gradient takes the memory of the logits, whose values are then lost: during the forward
-            call where the gradient is made there, otherwise in backward. Not for a leaf that requires grad or a view
-            of one. No effect where nothing requires grad, on the reference, and where the write would go unnoticed:
-            compiled, in functional transforms and forward mode, under dispatch modes (selective checkpointing).
-        allow_retain_graph: keep the logits and recompute the gradient at each backward. Without it, a second backward
-            through a mean or sum raises an error.
-        return_stats: also return `LossStats`, from the same pass.
-        backend: "triton", "torch" or "reference", which never fall back, or "auto": triton for logits on a GPU,
-            torch otherwise. Second derivatives need "reference".
-
-    Returns:
-        float32 (float64 for float64 logits): a scalar, or (...) with reduction="none"; with return_stats=True
-        (loss, LossStats). The gradient has the dtype of the logits and is rounded once; for a bfloat16 mean or sum
-        whose upstream gradient is not a power of 2, twice.
-
-    Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range, or does not go with
-            another one. IndexError: a bad target on a CPU. RuntimeError: the backend cannot run on this device; a
-            second or a double backward (raised by backward). ImportError: triton was asked for and is not installed.
-
-    Source: the truncated cross-entropy of ForTIFAI, arXiv:2509.08972, section 2.3.
-    """
-    options = LogitsOptions.among(Truncated(threshold), locals())
-    return logits_loss(logits, target, options)
-
-
-def focal_cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    gamma: float = 2.0,
-    *,
-    alpha: float = 1.0,
-    weight: Tensor | None = None,
-    token_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    denominator: str | float | Tensor = "valid",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    inplace: bool = False,
-    allow_retain_graph: bool = False,
-    return_stats: bool = False,
-    backend: str = "auto",
-) -> Tensor | tuple[Tensor, LossStats]:
-    """Focal loss on classes: cross-entropy weighed down where the model is confident.
-
-        loss[n] = -alpha (1 - p[n])^gamma log p[n],        p[n] = softmax(z[n])[target[n]]
-
-    The factor is differentiated too. Gradients are finite at p = 1 for every gamma; a row is dropped where it is 0.
-
-    Args:
-        gamma: exponent, a finite number >= 0; 0 is alpha times cross-entropy.
-        alpha: factor, a finite number >= 0.
-        label_smoothing: must be 0: smoothing a focal loss has no agreed meaning.
-        The others, and what is returned and raised: as in `truncated_cross_entropy`.
-
-    Source: Lin et al. 2017, arXiv:1708.02002, equation 5; as compared with in arXiv:2509.08972, appendix A.
-    """
-    options = LogitsOptions.among(Focal(gamma, alpha), locals())
-    return logits_loss(logits, target, options)
-
-
-def linear_truncated_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    threshold: float | Tensor = 0.9,
-    *,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    token_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    denominator: str | float | Tensor = "valid",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    allow_retain_graph: bool = False,
-    return_stats: bool = False,
-    backend: str = "auto",
-    chunk_size: int | str = "auto",
-    accumulate_dtype: torch.dtype = torch.float32,
-) -> Tensor | tuple[Tensor, LossStats]:
-    """`truncated_cross_entropy` of the logits input linear_weight^T + linear_bias, which are never all in memory.
-
-    Rows that are dropped take no part in the two matmuls of the gradients, and ignored rows in none: with a share `a`
-    kept, 2 N D V (1 + 2 a) floating-point operations instead of 6 N D V. Under torch.no_grad, or where nothing
-    requires grad, 2 N D V and no memory for gradients: evaluation without logits.
-
-    Args:
-        input: (..., D) float16, bfloat16, float32 (or float64, not on Triton).
-        linear_weight: (V, D), the dtype of the input. Under torch.autocast the dtypes may differ: the matmuls are in
-            autocast's dtype, each gradient in the dtype of its tensor.
-        target: (...) int32 or int64, in [0, V) or `ignore_index`. A bad target is an IndexError on a CPU; on a GPU its
-            loss is NaN, and so is the gradient of the whole weight, which sums over the rows.
-        linear_bias: (V,), the dtype of the input, or None.
-        chunk_size: how many rows have their logits in memory at a time. "auto" is 1024 on a CPU and elsewhere
-            max(2048, 2^29 // (V * bytes of a logit)). Peak memory beyond inputs and gradients is that of
-            1.5 chunk_size V logits, and up to 24 MiB on a CPU. Chunks change the order of sums, nothing else.
-        accumulate_dtype: of the sums over rows in the gradients of weight and bias, which are rounded once, at the end;
-            never narrower than the matmuls. The sums stay in it inside the matmul where torch and the device can
-            (addmm with out_dtype). Where they cannot, as on a CPU, a 16-bit matmul rounds its product for each chunk.
-        allow_retain_graph: make the logits of the kept rows again at each backward, as reduction="none" does, instead
-            of the gradients during the forward call. Not needed for retain_graph=True.
-        threshold and the other options: as in `truncated_cross_entropy`.
-
-    Returns:
-        float32 (float64 for float64 input): a scalar, or (...) with reduction="none"; with return_stats=True
-        (loss, LossStats).
-
-    Raises:
-        As `truncated_cross_entropy`.
-
-    On a GPU the host waits once before the first chunk and once in each, to learn how many rows are left. Forward mode
-    has all logits in memory.
-
-    Source: equation 3 of arXiv:2509.08972; the order of the matmuls is this package's own.
-    """
-    options = LinearOptions.among(Truncated(threshold), locals())
-    return linear_loss(input, linear_weight, linear_bias, target, options)
-
-
-def linear_focal_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    gamma: float = 2.0,
-    *,
-    alpha: float = 1.0,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    token_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    denominator: str | float | Tensor = "valid",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    allow_retain_graph: bool = False,
-    return_stats: bool = False,
-    backend: str = "auto",
-    chunk_size: int | str = "auto",
-    accumulate_dtype: torch.dtype = torch.float32,
-) -> Tensor | tuple[Tensor, LossStats]:
-    """`focal_cross_entropy` of the logits input linear_weight^T + linear_bias, which are never all in memory.
-
-    Args:
-        gamma, alpha, label_smoothing: as in `focal_cross_entropy`.
-        The others, and what is returned and raised: as in `linear_truncated_cross_entropy`.
-
-    Source: Lin et al. 2017, arXiv:1708.02002, equation 5.
-    """
-    options = LinearOptions.among(Focal(gamma, alpha), locals())
-    return linear_loss(input, linear_weight, linear_bias, target, options)
 
 
 def logits_loss(logits: Tensor, target: Tensor, options: LogitsOptions) -> Tensor | tuple[Tensor, LossStats]:
@@ -224,7 +23,7 @@ def logits_loss(logits: Tensor, target: Tensor, options: LogitsOptions) -> Tenso
         checks.check_writable(logits)
     if backend == "reference":
         loss = getattr(reference, f"{options.rule.name}_cross_entropy")
-        return loss(logits, target, **vars(options.rule), **options.of_reference())
+        return loss(logits, target, **options.of_reference())
 
     # float16 gradients of a mean would underflow before a gradient scaler gets to multiply them, so their rounding
     # waits for backward and the upstream gradient. So does what is divided by a sum known only after all rows.
@@ -249,9 +48,7 @@ def linear_loss(
     checks.check_rows(target, options, "input", input, len(linear_weight))
     if backend == "reference":
         loss = getattr(reference, f"linear_{options.rule.name}_cross_entropy")
-        return loss(
-            input, linear_weight, target, linear_bias=linear_bias, **vars(options.rule), **options.of_reference()
-        )
+        return loss(input, linear_weight, target, linear_bias=linear_bias, **options.of_reference())
     if any(map(has_tangent, head)):  # forward mode: of all logits at once
         of_logits = {name: getattr(options, name) for name in LogitsOptions.__dataclass_fields__ if name != "inplace"}
         return logits_loss(torch.nn.functional.linear(*head), target, LogitsOptions(**of_logits))
@@ -319,3 +116,229 @@ def _scalar(number: float | Tensor, like: Tensor) -> Tensor:
     if isinstance(number, Tensor):
         return number.to(like.dtype)
     return torch.full((), number, dtype=like.dtype, device=like.device)
+
+
+def _public(loss: Callable, options_type: type, rule_type: type) -> Callable:
+    """Turn a documented signature into the function that it describes.
+
+    The arguments that are options, and those that say which loss it is, go to `loss` as one object; tensors by name.
+    """
+
+    def decorate(signature):
+        parameters = inspect.signature(signature).parameters.values()
+        positional = [parameter.name for parameter in parameters if parameter.kind != parameter.KEYWORD_ONLY]
+        defaults = {parameter.name: parameter.default for parameter in parameters}
+        of_rule = tuple(rule_type.__dataclass_fields__)
+        tensors = tuple(name for name in inspect.signature(loss).parameters if name != "options")
+
+        @functools.wraps(signature)
+        def public(*arguments, **keywords):
+            signature(*arguments, **keywords)  # Python's own error where they do not fit
+            given = {**defaults, **dict(zip(positional, arguments, strict=False)), **keywords}
+            rule = rule_type(**{name: given[name] for name in of_rule})
+            return loss(*[given[name] for name in tensors], options_type.among(rule, given))
+
+        return public
+
+    return decorate
+
+
+@_public(logits_loss, LogitsOptions, Truncated)
+def truncated_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    threshold: float | Tensor = 0.9,
+    *,
+    weight: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    denominator: str | float | Tensor = "valid",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    inplace: bool = False,
+    allow_retain_graph: bool = False,
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, LossStats]:
+    """Cross-entropy that drops the tokens whose target the model already predicts with confidence.
+
+        loss[n] = -log p[n]  if p[n] <= threshold  else  0,        p[n] = softmax(z[n])[target[n]]
+        z = logit_scale * logits, then softcap * tanh(z / softcap) if softcap is given
+
+    A dropped row (truncated, ignored or of zero weight) adds exactly 0 to the loss and has a gradient of exact zeros.
+    The comparison is made in float32 whatever the dtype of the logits; the mask carries no gradient.
+
+    Args:
+        logits: (..., V) float16, bfloat16, float32 (or float64, not on Triton). Classes contiguous; rows may be
+            strided, as logits[:, :-1] is.
+        target: (...) int32 or int64, in [0, V) or `ignore_index`. A bad target is an IndexError on a CPU; on a GPU,
+            where looking would synchronise, its row's loss and gradient are NaN.
+        threshold: in (0, 1]; 1 is plain cross-entropy. Or a 0-d tensor on the device of the logits, whose range is
+            not checked.
+        weight: (V,) one weight per class, or None for ones.
+        token_weight: (...) one weight per token, or None for ones.
+        ignore_index: rows with this target are left out, and not even read.
+        reduction: "mean", "sum", or "none" for one loss per token.
+        denominator: what "mean" divides by. "valid": the rows that are not ignored, truncated ones included, as in the
+            paper; "kept": the rows that are left; with weights, the sum of the weights of those rows. Or a number or
+            0-d tensor, such as the token count of an accumulated batch. A denominator of 0 gives a loss of 0.
+        label_smoothing: in [0, 1], for the rows that are kept. Not together with `weight`.
+        z_loss: adds z_loss * logsumexp(z)^2 to the rows that are kept.
+        softcap: soft limit of the logits, or None.
+        logit_scale: factor of the logits, the inverse of a temperature.
+        inplace: backward's gradient takes the memory of the logits, whose values are then lost: during the forward
+            call where the gradient is made there, otherwise in backward. Not for a leaf that requires grad or a view
+            of one. No effect where nothing requires grad, on the reference, and where the write would go unnoticed:
+            compiled, in functional transforms and forward mode, under dispatch modes (selective checkpointing).
+        allow_retain_graph: keep the logits and recompute the gradient at each backward. Without it, a second backward
+            through a mean or sum raises an error.
+        return_stats: also return `LossStats`, from the same pass.
+        backend: "triton", "torch" or "reference", which never fall back, or "auto": triton for logits on a GPU,
+            torch otherwise. Second derivatives need "reference".
+
+    Returns:
+        float32 (float64 for float64 logits): a scalar, or (...) with reduction="none"; with return_stats=True
+        (loss, LossStats). The gradient has the dtype of the logits and is rounded once; for a bfloat16 mean or sum
+        whose upstream gradient is not a power of 2, twice.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range, or does not go with
+            another one. IndexError: a bad target on a CPU. RuntimeError: the backend cannot run on this device; a
+            second or a double backward (raised by backward). ImportError: triton was asked for and is not installed.
+
+    Source: the truncated cross-entropy of ForTIFAI, arXiv:2509.08972, section 2.3.
+    """
+
+
+@_public(logits_loss, LogitsOptions, Focal)
+def focal_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    gamma: float = 2.0,
+    *,
+    alpha: float = 1.0,
+    weight: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    denominator: str | float | Tensor = "valid",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    inplace: bool = False,
+    allow_retain_graph: bool = False,
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, LossStats]:
+    """Focal loss on classes: cross-entropy weighed down where the model is confident.
+
+        loss[n] = -alpha (1 - p[n])^gamma log p[n],        p[n] = softmax(z[n])[target[n]]
+
+    The factor is differentiated too. Gradients are finite at p = 1 for every gamma; a row is dropped where it is 0.
+
+    Args:
+        gamma: exponent, a finite number >= 0; 0 is alpha times cross-entropy.
+        alpha: factor, a finite number >= 0.
+        label_smoothing: must be 0: smoothing a focal loss has no agreed meaning.
+        The others, and what is returned and raised: as in `truncated_cross_entropy`.
+
+    Source: Lin et al. 2017, arXiv:1708.02002, equation 5; as compared with in arXiv:2509.08972, appendix A.
+    """
+
+
+@_public(linear_loss, LinearOptions, Truncated)
+def linear_truncated_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    threshold: float | Tensor = 0.9,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    denominator: str | float | Tensor = "valid",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    allow_retain_graph: bool = False,
+    return_stats: bool = False,
+    backend: str = "auto",
+    chunk_size: int | str = "auto",
+    accumulate_dtype: torch.dtype = torch.float32,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """`truncated_cross_entropy` of the logits input linear_weight^T + linear_bias, which are never all in memory.
+
+    Rows that are dropped take no part in the two matmuls of the gradients, and ignored rows in none: with a share `a`
+    kept, 2 N D V (1 + 2 a) floating-point operations instead of 6 N D V. Under torch.no_grad, or where nothing
+    requires grad, 2 N D V and no memory for gradients: evaluation without logits.
+
+    Args:
+        input: (..., D) float16, bfloat16, float32 (or float64, not on Triton).
+        linear_weight: (V, D), the dtype of the input. Under torch.autocast the dtypes may differ: the matmuls are in
+            autocast's dtype, each gradient in the dtype of its tensor.
+        target: (...) int32 or int64, in [0, V) or `ignore_index`. A bad target is an IndexError on a CPU; on a GPU its
+            loss is NaN, and so is the gradient of the whole weight, which sums over the rows.
+        linear_bias: (V,), the dtype of the input, or None.
+        chunk_size: how many rows have their logits in memory at a time. "auto" is 1024 on a CPU and elsewhere
+            max(2048, 2^29 // (V * bytes of a logit)). Peak memory beyond inputs and gradients is that of
+            1.5 chunk_size V logits, and up to 24 MiB on a CPU. Chunks change the order of sums, nothing else.
+        accumulate_dtype: of the sums over rows in the gradients of weight and bias, which are rounded once, at the end;
+            never narrower than the matmuls. The sums stay in it inside the matmul where torch and the device can
+            (addmm with out_dtype). Where they cannot, as on a CPU, a 16-bit matmul rounds its product for each chunk.
+        allow_retain_graph: make the logits of the kept rows again at each backward, as reduction="none" does, instead
+            of the gradients during the forward call. Not needed for retain_graph=True.
+        threshold and the other options: as in `truncated_cross_entropy`.
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or (...) with reduction="none"; with return_stats=True
+        (loss, LossStats).
+
+    Raises:
+        As `truncated_cross_entropy`.
+
+    On a GPU the host waits once before the first chunk and once in each, to learn how many rows are left. Forward mode
+    has all logits in memory.
+
+    Source: equation 3 of arXiv:2509.08972; the order of the matmuls is this package's own.
+    """
+
+
+@_public(linear_loss, LinearOptions, Focal)
+def linear_focal_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    gamma: float = 2.0,
+    *,
+    alpha: float = 1.0,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    denominator: str | float | Tensor = "valid",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    allow_retain_graph: bool = False,
+    return_stats: bool = False,
+    backend: str = "auto",
+    chunk_size: int | str = "auto",
+    accumulate_dtype: torch.dtype = torch.float32,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """`focal_cross_entropy` of the logits input linear_weight^T + linear_bias, which are never all in memory.
+
+    Args:
+        gamma, alpha, label_smoothing: as in `focal_cross_entropy`.
+        The others, and what is returned and raised: as in `linear_truncated_cross_entropy`.
+
+    Source: Lin et al. 2017, arXiv:1708.02002, equation 5.
+    """

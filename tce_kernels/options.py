@@ -169,7 +169,9 @@ class LossOptions:
     def of_reference(self) -> dict:
         """The options that say what is computed, by name; the others say how."""
         how = ("rule", "allow_retain_graph", "backend")
-        return {name: getattr(self, name) for name in LossOptions.__dataclass_fields__ if name not in how}
+        of_rule = {name: getattr(self.rule, name) for name in self.rule.__dataclass_fields__}
+        what = {name: getattr(self, name) for name in LossOptions.__dataclass_fields__ if name not in how}
+        return {**of_rule, **what}
 
     def non_default(self) -> str:
         """As in a call, for the text of modules."""
