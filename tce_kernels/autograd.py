@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import increment_version
 from torch.library import custom_op
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import torch_ops
 from .context import has_data, has_tangent, is_plain
@@ -183,13 +184,14 @@ def hand_out(gradient: Tensor, rows: Tensor, upstream: Tensor) -> Tensor:
     return gradient
 
 
-def address_of(tensor: Tensor) -> int | None:
-    """Where the memory of a tensor is, to know it again: a hook may bring back other memory than it was given."""
-    return tensor.data_ptr() if is_plain(tensor) else None
+def memory_of(tensor: Tensor) -> StorageWeakRef | None:
+    """What the memory of a tensor is known by, even when it has been freed and its address taken by other memory."""
+    return StorageWeakRef(tensor.untyped_storage()) if is_plain(tensor) else None
 
 
-def is_memory_at(address: int | None, tensor: Tensor) -> bool:
-    return address is not None and is_plain(tensor) and tensor.data_ptr() == address
+def is_memory(memory: StorageWeakRef | None, tensor: Tensor) -> bool:
+    """Whether a tensor has the memory of before: what a hook brings back may belong to the hook."""
+    return memory is not None and is_plain(tensor) and StorageWeakRef(tensor.untyped_storage()) == memory
 
 
 def product(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -229,7 +231,7 @@ class LossAndGradient(Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gradient, rows)
         ctx.save_for_forward(gradient, rows)
-        ctx.address, ctx.handed_out = address_of(gradient), False
+        ctx.memory, ctx.handed_out = memory_of(gradient), False
         ctx.n_constants = len(inputs) - 1
 
     @staticmethod
@@ -243,7 +245,7 @@ class LossAndGradient(Function):
         gradient, rows = ctx.saved_tensors
         with torch.no_grad():
             gradient = gradient.detach()
-            if is_plain(upstream) and is_memory_at(ctx.address, gradient):
+            if is_plain(upstream) and is_memory(ctx.memory, gradient):
                 ctx.handed_out = True
                 backend_of(ctx.backend, gradient).scale_(rows_of(gradient), upstream)
                 increment_version(gradient)
@@ -269,7 +271,7 @@ class RowLoss(Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, row_scale, rows)
         ctx.save_for_forward(logits, target, row_scale, rows)
-        ctx.address, ctx.handed_out = address_of(logits), False
+        ctx.memory, ctx.handed_out = memory_of(logits), False
         ctx.n_constants = len(inputs) - 1
 
     @staticmethod
@@ -283,7 +285,7 @@ class RowLoss(Function):
         logits, target, row_scale, rows = ctx.saved_tensors
         with torch.no_grad():
             logits, row_grad = logits.detach(), upstream * row_scale
-            if ctx.inplace and is_plain(row_grad) and is_memory_at(ctx.address, logits):
+            if ctx.inplace and is_plain(row_grad) and is_memory(ctx.memory, logits):
                 ctx.handed_out = True
                 _write_dlogits(logits, target, row_grad, rows, form_of(*ctx.form), ctx.backend, logits)
                 increment_version(logits)

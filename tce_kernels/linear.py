@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
-from .autograd import address_of, backend_of, check_target, hand_out, is_memory_at, operator, product, refuse_tangent
+from .autograd import backend_of, check_target, hand_out, is_memory, memory_of, operator, product, refuse_tangent
 from .checks import is_autocast
 from .context import graph_is_kept, is_plain
 from .layout import flat, rows_of, shaped
@@ -281,7 +281,7 @@ class LinearLossAndGradients(Function):
         ctx.set_materialize_grads(False)
         needed = [gradient for gradient, needed in zip(gradients, ctx.needs, strict=True) if needed]
         ctx.save_for_backward(rows, *needed)
-        ctx.addresses = [address_of(gradient) for gradient in needed]
+        ctx.memories = [memory_of(gradient) for gradient in needed]
         ctx.dtypes = _dtypes(inputs, ctx.needs)
         ctx.n_constants = len(inputs) - 3
 
@@ -292,17 +292,17 @@ class LinearLossAndGradients(Function):
             if ctx.may_vanish:
                 gradients = [torch.where(upstream == 0, 0, gradient) for gradient in gradients]
             gradients = [
-                _scaled(gradient, upstream, dtype, address, ctx.backend)
-                for gradient, dtype, address in zip(gradients, ctx.dtypes, ctx.addresses, strict=True)
+                _scaled(gradient, upstream, dtype, memory, ctx.backend)
+                for gradient, dtype, memory in zip(gradients, ctx.dtypes, ctx.memories, strict=True)
             ]
         return *_in_place_of_needed(gradients, ctx.needs, rows, upstream), *[None] * ctx.n_constants
 
 
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, address: int | None, backend: str) -> Tensor:
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, memory, backend: str) -> Tensor:
     """gradient * factor [] in `dtype`; in place where nobody can ask for the gradient again."""
     # On a CPU, where a factor of 1 costs nothing, scaling and conversion are quicker one after the other.
     one_by_one = gradient.dtype == dtype or gradient.device.type == "cpu" and gradient.dtype.itemsize >= 4
-    if one_by_one and is_plain(factor) and is_memory_at(address, gradient) and not graph_is_kept():
+    if one_by_one and is_plain(factor) and is_memory(memory, gradient) and not graph_is_kept():
         backend_of(backend, gradient).scale_(rows_of(gradient), factor)
         return gradient.to(dtype)
     return product(gradient, factor, dtype)

@@ -103,14 +103,31 @@ def test_inplace_takes_the_memory_of_the_logits(backend, options, device):
     assert torch.equal(gradient, logits.detach())
 
 
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}])
 @pytest.mark.parametrize("backend", FAST)
-def test_inplace_is_noticed_by_operations_that_kept_the_logits(backend, device):
+def test_inplace_is_noticed_by_operations_that_kept_the_logits(backend, options, device):
     logits, target = make_inputs(N, V, torch.float32, device)
     logits.requires_grad_()
     outer = torch.tanh(logits)  # saves its output
-    value = truncated(outer, target, backend=backend, inplace=True)
+    value = truncated(outer, target, backend=backend, inplace=True, **options)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        value.backward()
+        value.sum().backward()
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_inplace_is_noticed_once_in_forward_and_once_in_backward(backend, device):
+    logits, target = make_inputs(N, V, torch.float32, device)
+    logits.requires_grad_()
+    outer = torch.tanh(logits)
+    truncated(outer, target, backend=backend, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        outer.sum().backward()
+    outer, factor = logits * 1, torch.ones(V, device=device, requires_grad=True)
+    value = truncated(outer, target, backend=backend, inplace=True)
+    between = (outer.detach() * factor).sum()  # keeps the gradient for an upstream gradient of 1
+    value.backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        between.backward()
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST])
@@ -151,9 +168,10 @@ def test_autocast_changes_nothing(backend, options, dtype, device):
         assert torch.equal(outside[1], inside[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", FAST)
-def test_operators_pass_opcheck(backend, device):
-    logits, target = make_inputs(N, V, torch.float32, device)
+def test_operators_pass_opcheck(backend, dtype, device):
+    logits, target = make_inputs(N, V, dtype, device)
     logits, target = logits.view(2, 3, V), target.view(2, 3)
     row_scale = torch.rand(2, 3, device=device)
     param = torch.tensor(-0.5, device=device)

@@ -291,6 +291,8 @@ def test_rows_that_overlap_across_the_outer_dimension_only():
     logits = memory.as_strided((2, 3, V), (V, 2 * V, 1))  # rows 0, 14, 28 and 7, 21, 35: no two share memory
     target = torch.zeros(2, 3, dtype=torch.int64)
     truncated_cross_entropy(logits, target, inplace=True)
+    logits = memory.as_strided((1, 3, V), (0, V, 1))  # nothing is as far apart as the stride of one says
+    truncated_cross_entropy(logits, target[:1], inplace=True)
     logits = memory.as_strided((2, 3, V), (2 * V + 3, V, 1))  # 0, 7, 14 and 17: the third and the fourth do
     with pytest.raises(ValueError, match="inplace must be False for logits whose rows share memory"):
         truncated_cross_entropy(logits, target, inplace=True)

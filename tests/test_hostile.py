@@ -241,10 +241,11 @@ def test_single_row_without_batch_dimension(backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_single_class_has_no_loss(backend, device):
-    logits, target = torch.randn(4, 1, device=device), torch.zeros(4, dtype=torch.int64, device=device)
-    value, stats = tce_kernels.truncated_cross_entropy(logits, target, 1.0, return_stats=True, backend=backend)
-    assert value == 0
-    assert stats.kept.all()
+    target = torch.zeros(4, dtype=torch.int64, device=device)
+    for logits in (torch.randn(4, 1, device=device), torch.randn(1, 4, device=device).t()):  # whose stride says nothing
+        value, stats = tce_kernels.truncated_cross_entropy(logits, target, 1.0, return_stats=True, backend=backend)
+        assert value == 0
+        assert stats.kept.all()
 
 
 @pytest.mark.parametrize("below", [86.0, 90.0, 100.0])
@@ -359,6 +360,17 @@ def test_statistics_of_a_row_of_nothing_but_minus_infinity(backend, device):
     assert stats.lse[1] == -math.inf
     assert stats.log_prob[1].isnan()
     assert not stats.correct[1] and stats.kept[1]
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_nan_in_a_row_of_upstream_gradient_0_reaches_no_gradient(backend, device):
+    input, weight = torch.randn(3, 4, device=device), torch.randn(5, 4, device=device)
+    target = torch.tensor([1, 0, 2], device=device)
+    input[1] = math.nan
+    tensors = input.requires_grad_(), weight.requires_grad_()
+    value = tce_kernels.linear_truncated_cross_entropy(*tensors, target, 1.0, reduction="none", backend=backend)
+    for gradient in torch.autograd.grad(value, tensors, torch.tensor([1.0, 0.0, 1.0], device=device)):
+        assert gradient.isfinite().all() and gradient.any()
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST])

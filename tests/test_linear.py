@@ -13,6 +13,7 @@ import torch.utils.checkpoint
 from cases import (
     DTYPES,
     FAST,
+    INTERPRETED,
     LINEAR_LOSSES,
     assert_linear_matches_reference,
     error_of,
@@ -452,6 +453,29 @@ def test_memory_is_that_of_a_chunk(options, dtype, share):
     copies = weight.numel() * 4 if in_float32 else 0
     assert beyond - accumulator - copies <= 2 * chunk_size * vocabulary * logit_bytes + 10e6
     assert beyond > chunk_size * vocabulary * logit_bytes  # it does see the logits
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_gradients_are_scaled_where_they_are(backend, device, monkeypatch):
+    """Without memory for a second gradient of the weight, where nobody can ask for the first one again."""
+    monkeypatch.setattr(linear, "product", None)
+    inputs = make_linear_inputs(N, D, V, torch.float32, device)
+    assert_linear_matches_reference(linear_truncated, *inputs, backend=backend)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU nobody reads what pads the rows")
+@pytest.mark.parametrize("backend, padding", [("torch", 0), pytest.param("triton", 9, marks=needs_triton)])
+def test_rows_of_a_chunk_on_a_cpu(backend, padding, monkeypatch):
+    """PyTorch's operations get rows without gaps. A matmul may read what pads Triton's, and counts on numbers there."""
+    seen, add = [], linear._Gradients.add
+
+    def look(self, dlogits, rows):
+        seen.append(dlogits.as_strided((len(dlogits), dlogits.stride(0) - V), dlogits.stride(), V).clone())
+        add(self, dlogits, rows)
+
+    monkeypatch.setattr(linear._Gradients, "add", look)
+    linear_loss_and_gradients(linear_truncated, *make_linear_inputs(N, D, V, torch.bfloat16, "cpu"), backend=backend)
+    assert seen and all(some.shape[1] == padding and (some == 0).all() for some in seen)
 
 
 def test_chunk_sizes_of_auto():

@@ -95,7 +95,7 @@ LAYOUTS = {
     "every other row": lambda x: x.repeat_interleave(2, 0)[::2],
     "shared row": lambda x: x[:1].expand(x.shape),
     "transposed batch": lambda x: x.view(2, 4, -1).transpose(0, 1).contiguous().transpose(0, 1),
-    "one of several": lambda x: torch.nn.functional.pad(x.view(2, 1, 4, -1), (0, 5, 0, 0, 1, 2))[:, 1:2, :, :-5],
+    "one of several": lambda x: torch.nn.functional.pad(x.view(2, 1, 4, -1), (0, 5, 0, 1, 1, 2))[:, 1:2, :-1, :-5],
     "shifted": lambda x: torch.nn.functional.pad(x.view(2, 4, -1), (0, 0, 0, 1))[:, :-1],
 }
 
@@ -174,8 +174,9 @@ def test_one_ulp_either_side_of_the_threshold(backend, dtype, side, device):
             neighbour = torch.nextafter(log_prob, torch.tensor(side * torch.inf))
         threshold = neighbour.double().exp().to(device)  # log(threshold) rounds to `neighbour` in float32
         assert threshold.log().float() == neighbour.to(device)
-        _, at = tce_kernels.truncated_cross_entropy(logits, target, threshold, return_stats=True, backend=backend)
-        assert at.kept[row].item() == (side >= 0)
+        for given in (threshold, threshold.item()):
+            _, at = tce_kernels.truncated_cross_entropy(logits, target, given, return_stats=True, backend=backend)
+            assert at.kept[row].item() == (side >= 0)
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST])

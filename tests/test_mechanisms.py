@@ -172,6 +172,20 @@ def test_transforms_of_reverse_mode(backend, case, device):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("case", [case for case in CASES if "inplace" in case[1]])
+@ANY_BACKEND
+def test_several_token_weights_for_the_same_logits(backend, case, device):
+    call, x = make(case, device)
+    x.requires_grad_()
+    weights = torch.rand(3, N, generator=torch.Generator().manual_seed(4)).to(device)
+    fast, slow = (
+        torch.vmap(lambda weight: call(x, token_weight=weight, backend=name))(weights)  # noqa: B023
+        for name in (backend, "reference")
+    )
+    close(fast, slow)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @ANY_CASE
 @ANY_BACKEND
 def test_batched_backward(backend, case, device):
@@ -223,6 +237,58 @@ def test_saved_tensor_hooks(backend, case, hooks, device):
             raise
         assert torch.equal(second, kept)
     assert torch.equal(first, kept)
+
+
+@ANY_CASE
+@ANY_BACKEND
+def test_memory_that_a_hook_keeps_is_not_written_to(backend, case, device):
+    call, x = make(case, device)
+    kept = []
+
+    def pack(tensor):
+        kept.append((tensor.clone(), tensor.clone()))
+        return kept[-1][0]
+
+    leaf = x.detach().requires_grad_()
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = call(leaf, backend=backend)
+    value.backward(upstream_of(value))
+    close(leaf.grad, exact(call, x))
+    assert kept and all(torch.equal(tensor, copy) for tensor, copy in kept)
+
+
+@ANY_CASE
+@ANY_BACKEND
+def test_what_a_hook_brings_back_is_not_written_to(backend, case, device):
+    """Memory that was freed may come back at its old address, as somebody else's."""
+    call, x = make(case, device)
+    unpacked = []
+
+    def unpack(tensor):
+        unpacked.append((tensor.clone(), tensor))
+        return unpacked[-1][0]
+
+    leaf = x.detach().requires_grad_()
+    with saved_tensors_hooks(lambda tensor: tensor.clone(), unpack):
+        value = call(leaf, backend=backend)
+    value.backward(upstream_of(value))
+    close(leaf.grad, exact(call, x))
+    assert unpacked and all(torch.equal(tensor, copy) for tensor, copy in unpacked)
+
+
+@pytest.mark.parametrize("case", [CASES[0], ("focal", {"z_loss": 0.1}), ("truncated", {"inplace": True})])
+@ANY_BACKEND
+def test_an_upstream_gradient_is_not_rounded_to_16_bits(backend, case, device):
+    """Where the gradient is a new tensor: hooks keep it, and bring it back for each backward."""
+    call, x = make(case, device, torch.bfloat16)
+    kept = []
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor.clone()):
+        value = call(x.requires_grad_(), backend=backend)
+    upstream = upstream_of(value)
+    unit, scaled = (
+        torch.autograd.grad(value, x, factor, retain_graph=True)[0] for factor in (torch.ones_like(value), upstream)
+    )
+    assert torch.equal(scaled, (unit.float() * upstream).to(x.dtype))
 
 
 @ANY_CASE
@@ -288,6 +354,16 @@ def test_inplace_is_not_for_parameters(options, view):
     with torch.no_grad():  # where it has no effect
         truncated(seen, target, inplace=True, **options)
     assert torch.equal(parameter.detach(), logits)
+
+
+@pytest.mark.parametrize("options", [{}, PER_ROW])
+@ANY_BACKEND
+def test_inplace_has_no_effect_where_only_a_tangent_is_asked_for(backend, options, device):
+    logits, target = make_inputs(N, V, torch.float32, device)
+    before = logits.clone()
+    with fwAD.dual_level():
+        truncated(fwAD.make_dual(logits, torch.ones_like(logits)), target, inplace=True, backend=backend, **options)
+    assert torch.equal(logits, before)
 
 
 @ANY_BACKEND
@@ -548,6 +624,7 @@ def test_empty_logits_without_strides(backend, device):
 def test_floating_point_operations_of_the_linear_losses():
     """As if every row were kept: 2 N D V forward, and as much for each gradient that is needed."""
     input, weight, bias, target = make_linear_inputs(N, D, V, torch.float32, "cpu")
+    input, target = input.view(2, 3, D), target.view(2, 3)
     matmul = 2 * N * D * V
     for needs in ((True, True), (True, False), (False, True), (False, False)):
         for options, again in (({}, 0), (PER_ROW, 1)):
@@ -558,7 +635,7 @@ def test_floating_point_operations_of_the_linear_losses():
                     value.backward()
             assert counter.get_total_flops() == matmul * (1 + sum(needs) + (again if any(needs) else 0))
     with FlopCounterMode(display=False) as counter:
-        torch.nn.functional.cross_entropy(F.linear(*tensors), target)
+        torch.nn.functional.cross_entropy(F.linear(*tensors).flatten(0, 1), target.flatten())
     assert counter.get_total_flops() == matmul
 
 
