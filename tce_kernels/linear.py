@@ -15,7 +15,17 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
-from .autograd import backend_of, check_target, hand_out, is_memory, memory_of, operator, product, refuse_tangent
+from .autograd import (
+    backend_of,
+    check_target,
+    forward_method,
+    hand_out,
+    is_memory,
+    memory_of,
+    operator,
+    product,
+    refuse_tangent,
+)
 from .checks import is_autocast
 from .context import graph_is_kept, is_plain
 from .layout import flat, rows_of, shaped
@@ -267,7 +277,7 @@ class LinearLossAndGradients(Function):
 
     generate_vmap_rule = True
 
-    @staticmethod
+    @forward_method
     def forward(input, weight, bias, *arguments):
         *arguments, _ = arguments
         loss, rows, *gradients = linear_loss(input, weight, bias, *arguments)
@@ -313,7 +323,7 @@ class LinearRowLoss(Function):
 
     generate_vmap_rule = True
 
-    @staticmethod
+    @forward_method
     def forward(input, weight, bias, *arguments):
         *arguments, _, _ = arguments
         loss, rows, *_ = linear_loss(input, weight, bias, *arguments, [False] * 3)
