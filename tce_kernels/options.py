@@ -16,8 +16,12 @@ from .checks import DTYPES, check_choice, check_constant, check_flag, check_numb
 BACKENDS = ("auto", "triton", "torch", "reference")
 
 
-def _not_finite_or(value, low) -> tuple:
-    return value < low, value == math.inf, value != value
+def _negative_or_not_finite(value) -> tuple:
+    return value < 0, value == math.inf, value != value
+
+
+def _not_positive_or_not_finite(value) -> tuple:
+    return value == 0, *_negative_or_not_finite(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +64,8 @@ class Focal:
     name = "focal"
 
     def __post_init__(self):
-        check_number("gamma", self.gamma, "a finite number >= 0", lambda x: _not_finite_or(x, 0))
-        check_number("alpha", self.alpha, "a finite number >= 0", lambda x: _not_finite_or(x, 0))
+        check_number("gamma", self.gamma, "a finite number >= 0", _negative_or_not_finite)
+        check_number("alpha", self.alpha, "a finite number >= 0", _negative_or_not_finite)
 
     def param(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """gamma []."""
@@ -128,10 +132,10 @@ class LossOptions:
         check_flag("return_stats", self.return_stats)
         self._check_denominator()
         check_number("label_smoothing", self.label_smoothing, "in [0, 1]", lambda x: (x < 0, x > 1, x != x))
-        check_number("z_loss", self.z_loss, "a finite number >= 0", lambda x: _not_finite_or(x, 0))
-        for name, rule in [("logit_scale", "a finite number > 0"), ("softcap", "None or a finite number > 0")]:
-            if getattr(self, name) is not None or name == "logit_scale":
-                check_number(name, getattr(self, name), rule, lambda x: (x <= 0, *_not_finite_or(x, 0)))
+        check_number("z_loss", self.z_loss, "a finite number >= 0", _negative_or_not_finite)
+        check_number("logit_scale", self.logit_scale, "a finite number > 0", _not_positive_or_not_finite)
+        if self.softcap is not None:
+            check_number("softcap", self.softcap, "None or a finite number > 0", _not_positive_or_not_finite)
         for name in ("weight", "token_weight"):
             if getattr(self, name) is not None:
                 check_tensor(name, getattr(self, name))
@@ -151,7 +155,7 @@ class LossOptions:
             if denominator.dim() != 0:
                 raise ValueError(f"denominator must be a 0-d tensor, got shape {list(denominator.shape)}")
         else:
-            check_number("denominator", denominator, "a finite number >= 0", lambda x: _not_finite_or(x, 0))
+            check_number("denominator", denominator, "a finite number >= 0", _negative_or_not_finite)
         if reduction != "mean" and not (isinstance(denominator, str) and denominator == "valid"):
             raise ValueError(f"denominator must be left at 'valid' with reduction={reduction!r}, got {denominator!r}")
 
