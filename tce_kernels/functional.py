@@ -86,7 +86,7 @@ def _reduced(path, target, V, dtype, options, divide_last):
     if mean and not options.by_kept:
         total = row_scale.sum() if isinstance(options.denominator, str) else _scalar(options.denominator, row_scale)
         if divide_last:
-            row_scale = torch.where(total == 0, 0, row_scale)
+            row_scale = row_scale * (total != 0)  # a product, since `total` may be on the CPU
         else:
             row_scale = row_scale * torch.where(total == 0, 0, 1 / total)
 
@@ -95,10 +95,11 @@ def _reduced(path, target, V, dtype, options, divide_last):
     rows = rows.detach()
     if options.reduction != "none":
         loss = loss.sum()
+    if options.by_kept:
+        total = (row_scale * (rows[stats.COEF] != 0)).sum()
+        loss = torch.where(total == 0, 0, loss)  # 0 * infinity
     if mean and divide_last:
-        if options.by_kept:
-            total = (row_scale * (rows[stats.COEF] != 0)).sum()
-        loss = torch.where(total == 0, 0, loss / torch.where(total == 0, 1, total))
+        loss = loss / torch.where(total == 0, 1, total)
     return (loss, stats.from_rows(rows, valid)) if options.return_stats else loss
 
 
