@@ -7,6 +7,7 @@ the rows over those classes and q the shares that the classes have in the sum of
 what they are. Such a tail has rank one, and all tails of a call go through two small matmuls at its end.
 """
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -63,6 +64,19 @@ class Gradients:
         return 1.0
 
 
+class _Memory:
+    """Room for tensors of different sizes, one after the other, which a CPU would take long to map anew each time."""
+
+    def __init__(self, like: Tensor):
+        self.memory = like.new_empty(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        if len(self.memory) < size:
+            self.memory = self.memory.new_empty(size * 5 // 4)  # the next may be a little larger
+        return self.memory[:size].view(shape)
+
+
 class _Tail(NamedTuple):
     rows: Tensor  # [K]
     row_sums: Tensor  # [K], m
@@ -85,6 +99,8 @@ class GradientsOfHeaviestClasses(Gradients):
         self.row_grad, self.rows = row_grad, rows
         self.tails: list[_Tail] = []
         self.n_rows = self.n_products = 0
+        self.head_memory = _Memory(head.weight)
+        self.weight_memory = _Memory(self.weight) if self.weight.dtype != head.dtype else self.head_memory
         self._wait_for_rows()
 
     def _wait_for_rows(self) -> None:
@@ -150,12 +166,14 @@ class GradientsOfHeaviestClasses(Gradients):
         row_sums = self.row_operations.keep_classes(dlogits, classes)
         dlogits = dlogits[:, : self.n_classes]
         if self.needs_input:
-            self.input[rows] = torch.mm(dlogits, self.head.weight[classes])
+            weight = self.head_memory(self.n_classes, self.head.weight.shape[1])
+            torch.index_select(self.head.weight, 0, classes, out=weight)
+            self.input[rows] = torch.mm(dlogits, weight)
         if self.needs_weight:
             if self.beta == 0:
                 self.weight.zero_()
                 self.beta = 1
-            product = self.weight.new_empty(self.n_classes, self.weight.shape[1])
+            product = self.weight_memory(self.n_classes, self.weight.shape[1])
             add_product(product, dlogits.t(), self.head.inputs(rows), beta=0)
             self.row_operations.add_rows(self.weight, classes, product)
         if self.needs_input or self.needs_weight:
