@@ -175,7 +175,7 @@ def test_operators_pass_opcheck(backend, dtype, device):
     logits, target = logits.view(2, 3, V), target.view(2, 3)
     row_scale = torch.rand(2, 3, device=device)
     param = torch.tensor(-0.5, device=device)
-    form = ("truncated", 1.0, -100, 0.1, 0.2, 5.0, 1.5)
+    form = ("truncated", None, 1.0, -100, 0.1, 0.2, 5.0, 1.5)
     operators = torch.ops.tce_kernels
     torch.library.opcheck(operators.row_loss.default, (logits, target, row_scale, param, *form, backend))
     torch.library.opcheck(operators.loss_and_dlogits.default, (logits, target, row_scale, param, *form, backend))

@@ -601,7 +601,7 @@ def test_hidden_states_whose_features_lie_apart(backend, compile, options, layou
 def test_operators_promise_the_strides_that_they_make(options):
     """torch.library.opcheck compares what the fake operator says with what the real one returns."""
     input, weight, bias, target = make_linear_inputs(N, D, V, torch.float32, "cpu")
-    form, chunks = ("truncated", 1.0, -100, 0.0, 0.0, None, 1.0), (4, torch.float32, torch.float32, "torch")
+    form, chunks = ("truncated", None, 1.0, -100, 0.0, 0.0, None, 1.0), (4, torch.float32, torch.float32, "torch")
     row_scale, param = torch.rand(N), torch.tensor(-0.5)
     for hidden in (arrange(input) for arrange in FEATURES_APART.values() if arrange(input).dim() == 2):
         for head in (weight, weight.t().contiguous().t()):
