@@ -89,7 +89,7 @@ def _reduced(path, target, V, dtype, options, divide_last):
         elif isinstance(options.denominator, str) and not options.is_weighted:
             row_scale = row_scale / total.clamp(min=1)  # a count: where it is 0, so are the rows
         else:
-            row_scale = row_scale * torch.where(total == 0, 0, total.reciprocal())
+            row_scale = row_scale * torch.where(total == 0, total, total.reciprocal())  # a number is a launch more
 
     loss, rows = path(target, row_scale, options.rule.param(dtype, target.device))
 
@@ -98,9 +98,11 @@ def _reduced(path, target, V, dtype, options, divide_last):
         loss = loss.sum()
     if options.by_kept:
         total = (row_scale * (rows[stats.COEF] != 0)).sum()
-        loss = torch.where(total == 0, 0, loss)  # 0 * infinity
     if mean and divide_last:
-        loss = loss / torch.where(total == 0, 1, total)
+        is_zero = total == 0
+        if options.by_kept:
+            loss = torch.where(is_zero, total, loss)  # 0 * infinity
+        loss = loss / (total + is_zero)
     return (loss, stats.from_rows(rows, target != options.ignore_index)) if options.return_stats else loss
 
 
