@@ -7,6 +7,7 @@ An operator returns what it makes and writes to no argument, so that compilers, 
 what they like. Memory is written to only where `context.is_plain` says that nobody would miss it.
 """
 
+import functools
 import inspect
 
 import torch
@@ -33,13 +34,19 @@ DOUBLE_BACKWARD = (
 )
 
 
-def backend_of(name: str, logits: Tensor):
-    if name == "torch":
-        return torch_ops
+@functools.cache
+def _triton_ops():
     try:
         from . import triton_ops  # imported late: the package works where triton is not installed
     except ImportError as error:
         raise ImportError(f"backend='triton' needs the package triton ({error}); pass backend='torch'") from error
+    return triton_ops
+
+
+def backend_of(name: str, logits: Tensor):
+    if name == "torch":
+        return torch_ops
+    triton_ops = _triton_ops()
     if not triton_ops.serves(logits.device):
         raise RuntimeError(
             f"backend='triton' needs logits on a GPU, got {logits.device}: move them there, pass backend='torch', or "
@@ -62,31 +69,48 @@ def check_target(target: Tensor, V: int, ignore_index: int) -> None:
 
 
 def operator(name: str, arguments: str, returns: str):
-    """Register an operator that writes to no argument, from a schema whose options are those of a `Form`."""
+    """Register an operator that writes to no argument, from a schema whose options are those of a `Form`.
+
+    Its name here stands for the function itself where the tensors are plain: the way through torch.library costs 20 us.
+    """
     schema = f"({arguments.format(form=FORM_SCHEMA)}) -> ({returns})"
-    return custom_op(f"tce_kernels::{name}", mutates_args=(), schema=schema)
+    n_tensors = arguments.count("Tensor")  # which come first
+
+    def decorate(function):
+        registered = custom_op(f"tce_kernels::{name}", mutates_args=(), schema=schema)(function)
+
+        @functools.wraps(function)
+        def call(*arguments):
+            return (function if is_plain(*arguments[:n_tensors]) else registered)(*arguments)
+
+        call.register_fake = registered.register_fake
+        return call
+
+    return decorate
 
 
 def _row_loss(logits, target, row_scale, param, form: Form, backend) -> tuple[Tensor, Tensor]:
     if backend == "torch":
         check_target(target, logits.shape[-1], form.ignore_index)
     loss, rows = backend_of(backend, logits).row_loss(rows_of(logits), flat(target), flat(row_scale), param, form)
-    return shaped(loss, target.shape), rows.view(N_FIELDS, *target.shape)
+    return shaped(loss, target.shape), shaped(rows, (N_FIELDS, *target.shape))
 
 
 def _write_dlogits(logits, target, row_grad, rows, form: Form, backend, out) -> None:
+    x = rows_of(logits)
     backend_of(backend, logits).dlogits(
-        rows_of(logits), flat(target), flat(row_grad), rows.reshape(N_FIELDS, -1), form, rows_like(logits, out)
+        x, flat(target), flat(row_grad), rows.reshape(N_FIELDS, -1), form, rows_like(x, out)
     )
 
 
 def _write_loss_and_dlogits(logits, target, row_scale, param, form: Form, backend, out) -> tuple[Tensor, Tensor]:
     if backend == "torch":
         check_target(target, logits.shape[-1], form.ignore_index)
+    x = rows_of(logits)
     loss, rows = backend_of(backend, logits).loss_and_dlogits(
-        rows_of(logits), flat(target), flat(row_scale), param, form, rows_like(logits, out)
+        x, flat(target), flat(row_scale), param, form, rows_like(x, out)
     )
-    return loss.sum(), rows.view(N_FIELDS, *target.shape)
+    return loss.sum(), shaped(rows, (N_FIELDS, *target.shape))
 
 
 def _empty_like(logits: Tensor) -> Tensor:
@@ -99,7 +123,7 @@ def _fake_rows(logits: Tensor, target: Tensor) -> Tensor:
 
 @operator(
     "row_loss",
-    "Tensor logits, Tensor target, Tensor row_scale, Tensor param, {form}, str backend",
+    "Tensor logits, Tensor target, Tensor row_scale, Tensor? param, {form}, str backend",
     "Tensor loss, Tensor rows",
 )
 def row_loss(logits, target, row_scale, param, *plain):
@@ -133,7 +157,7 @@ def _(logits, *_):
 
 @operator(
     "loss_and_dlogits",
-    "Tensor logits, Tensor target, Tensor row_scale, Tensor param, {form}, str backend",
+    "Tensor logits, Tensor target, Tensor row_scale, Tensor? param, {form}, str backend",
     "Tensor loss, Tensor rows, Tensor dlogits",
 )
 def loss_and_dlogits(logits, target, row_scale, param, *plain):
@@ -334,7 +358,9 @@ def loss_and_rows(logits: Tensor, *arguments, in_forward: bool, inplace: bool) -
         # The gradient in backward, which costs 6 bytes per 2-byte logit: made in forward it would be scaled in a pass
         # of its own, which costs 8.
         return RowLoss.apply(logits, *arguments, False, False)
-    inplace = inplace and not tangent and is_plain(logits, *arguments[:3])
     function = LossAndGradientWithTangent if in_forward else RowLossWithTangent
-    loss, rows, *_ = function.apply(logits, *arguments, inplace, tangent)
+    plain = is_plain(logits, *arguments[:3])
+    # Without functional transforms `Function.apply` does no more than bind its arguments, which takes 10 us.
+    apply = super(Function, function).apply if plain else function.apply
+    loss, rows, *_ = apply(logits, *arguments, inplace and plain and not tangent, tangent)
     return loss, rows

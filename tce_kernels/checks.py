@@ -42,10 +42,11 @@ _OWN_ROWS = (
 
 def check_number(name: str, value, rule: str, refused) -> None:
     """`refused(value)`: conditions, none of which may hold."""
-    symbolic = isinstance(value, (torch.SymInt, torch.SymFloat))
-    if not symbolic and (isinstance(value, bool) or not isinstance(value, (int, float, Real))):
+    known = type(value) in (int, float) and not torch.compiler.is_compiling()
+    if not known and (isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat))):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if any(holds(condition) for condition in refused(value)):
+    conditions = refused(value)
+    if any(conditions) if known else any(map(holds, conditions)):
         raise ValueError(f"{name} must be {rule}, got {value}")
 
 
@@ -104,7 +105,7 @@ def check_logits(logits, backend: str) -> None:
     _floating("logits", logits, backend)
     if logits.dim() == 0 or holds(logits.shape[-1] == 0):
         raise ValueError(f"logits must be (..., V) with at least one class, got shape {_shape(logits)}")
-    if backend != "reference" and not torch.compiler.is_compiling():
+    if backend != "reference" and not torch.compiler.is_compiling() and not logits.is_contiguous():
         rows_of(logits)  # when compiled, the operator looks at the strides that it gets
 
 

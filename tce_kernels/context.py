@@ -6,22 +6,33 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
-def is_plain(*tensors: Tensor) -> bool:
-    """Whether the tensors are memory and nothing else, so that writing to it, or looking at it, is seen by nobody.
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether the tensors (None aside) are memory and nothing else, so that nobody sees it written to or looked at.
 
-    A compiler, a dispatch mode (selective checkpointing, say), a functional transform or a tensor subclass would not
-    learn of a write that no operator declares.
+    A compiler, a tracer, a dispatch mode (selective checkpointing, say), a functional transform or a tensor subclass
+    would not learn of what happens outside of registered operators.
     """
-    return not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode() and all(map(has_data, tensors))
+    return (
+        not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.jit.is_tracing()
+        and all(tensor is None or _is_memory(tensor) for tensor in tensors)
+    )
 
 
 def has_data(tensor: Tensor) -> bool:
     """Whether a tensor has numbers to look at: it is neither fake nor on "meta", nor stands for others."""
+    return not torch.compiler.is_compiling() and _is_memory(tensor)
+
+
+def _is_memory(tensor: Tensor) -> bool:
     return (
-        not torch.compiler.is_compiling()
-        and type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.device.type != "meta"
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and not tensor.is_meta
         and torch._C._has_storage(tensor)
+        and not tensor.is_neg()  # whose numbers PyTorch negates when it reads them
+        and not tensor._is_zerotensor()  # zeros of no memory
     )
 
 
@@ -44,8 +55,8 @@ def holds(condition: bool) -> bool:
 
     Before torch 2.9 the compiler guards: a number that changes is compiled anew, one that is unknown is an error.
     """
-    if not _MAY_BE_UNKNOWN or isinstance(condition, bool) and not torch.compiler.is_compiling():
-        return condition
+    if not _MAY_BE_UNKNOWN or isinstance(condition, (bool, Tensor)) and not torch.compiler.is_compiling():
+        return condition  # a tensor where torch.jit traces
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
 
     return statically_known_true(condition)

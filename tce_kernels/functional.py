@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, checks, linear, reference, stats
-from .context import has_tangent
+from .context import has_tangent, is_plain
 from .head import matmul_dtype
 from .options import Focal, LinearOptions, LogitsOptions, Truncated
 from .stats import LossStats
@@ -81,52 +81,66 @@ def _reduced(path, target, V, dtype, options, divide_last):
     """
     dtype = compute_dtype(dtype)
     target = target.long()  # int32 would take an ignore_index beyond its range for another number
-    valid = target != options.ignore_index
-    row_scale = _row_weight(valid, target, options.weight, options.token_weight, V, dtype)
+    row_scale = _row_weight(target, options, V, dtype)
     mean = options.reduction == "mean"
     if mean and not options.by_kept:
         total = row_scale.sum() if isinstance(options.denominator, str) else _scalar(options.denominator, row_scale)
         if divide_last:
             row_scale = row_scale * (total != 0)  # a product, since `total` may be on the CPU
+        elif isinstance(options.denominator, str) and not options.is_weighted:
+            row_scale = row_scale / total.clamp(min=1)  # a count: where it is 0, so are the rows
         else:
-            row_scale = row_scale * torch.where(total == 0, 0, 1 / total)
+            row_scale = row_scale * torch.where(total == 0, total, total.reciprocal())  # a number is a launch more
 
     loss, rows, *class_fraction = path(target, row_scale, options.rule.param(dtype, target.device))
 
     rows = rows.detach()
-    if options.reduction != "none":
+    if options.reduction != "none" and loss.dim():
         loss = loss.sum()
     if options.by_kept:
         total = (row_scale * (rows[stats.COEF] != 0)).sum()
-        loss = torch.where(total == 0, 0, loss)  # 0 * infinity
     if mean and divide_last:
-        loss = loss / torch.where(total == 0, 1, total)
+        is_zero = total == 0
+        if options.by_kept:
+            loss = torch.where(is_zero, total, loss)  # 0 * infinity
+        loss = loss / (total + is_zero)
     if not options.return_stats:
         return loss
     class_fraction = class_fraction or [torch.ones((), dtype=torch.float32, device=loss.device)]
-    return loss, stats.from_rows(rows, valid, *class_fraction)
+    return loss, stats.from_rows(rows, target != options.ignore_index, *class_fraction)
 
 
-def _row_weight(valid, target, weight, token_weight, V, dtype):
-    row_weight = valid.to(dtype)
-    if weight is not None:
-        row_weight = row_weight * weight.to(dtype)[target.clamp(0, V - 1)]
+def _row_weight(target, options, V, dtype):
+    """The weight of each row, 0 for those that are ignored."""
+    if not options.is_weighted:
+        if is_plain(target):  # one kernel, where a comparison and a conversion would be two
+            return torch.ne(target, options.ignore_index, out=torch.empty_like(target, dtype=dtype))
+        return (target != options.ignore_index).to(dtype)
+    weight, token_weight = options.weight, options.token_weight
+    row_weight = None if weight is None else weight.to(dtype)[target.clamp(0, V - 1)]
     if token_weight is not None:
-        row_weight = torch.where(valid, row_weight * token_weight.to(dtype), 0)
-    return row_weight
+        token_weight = token_weight.to(dtype)
+        row_weight = token_weight if row_weight is None else row_weight * token_weight
+    return torch.where(target != options.ignore_index, row_weight, 0)
 
 
 def _scalar(number: float | Tensor, like: Tensor) -> Tensor:
-    """A tensor [] in the dtype of another; one that is on a CPU stays there, and need not be waited for."""
+    """A tensor [] in the dtype of another; on the CPU it costs no launch, and need not be waited for."""
     if isinstance(number, Tensor):
         return number.to(like.dtype)
-    return torch.full((), number, dtype=like.dtype, device=like.device)
+    device = like.device if torch.compiler.is_compiling() else "cpu"
+    return torch.full((), number, dtype=like.dtype, device=device)
+
+
+# Of options that can be told apart by their values, and do not change.
+_VALUES = {float, int, bool, str, type(None), torch.dtype}
 
 
 def _public(loss: Callable, options_type: type, rule_type: type) -> Callable:
     """Turn a documented signature into the function that it describes.
 
     The arguments that are options, and those that say which loss it is, go to `loss` as one object; tensors by name.
+    Options that were checked before are not checked again, which would take a tenth of a call.
     """
 
     def decorate(signature):
@@ -135,13 +149,22 @@ def _public(loss: Callable, options_type: type, rule_type: type) -> Callable:
         defaults = {parameter.name: parameter.default for parameter in parameters}
         of_rule = tuple(rule_type.__dataclass_fields__)
         tensors = tuple(name for name in inspect.signature(loss).parameters if name != "options")
+        names = [name for name in defaults if name not in tensors]
+
+        def options_of(*values):
+            given = dict(zip(names, values, strict=True))
+            rule = rule_type(*[given.pop(name) for name in of_rule])
+            return options_type(rule=rule, **given)
+
+        remembered = functools.lru_cache(typed=True)(options_of)
 
         @functools.wraps(signature)
         def public(*arguments, **keywords):
             signature(*arguments, **keywords)  # Python's own error where they do not fit
             given = {**defaults, **dict(zip(positional, arguments, strict=False)), **keywords}
-            rule = rule_type(**{name: given[name] for name in of_rule})
-            return loss(*[given[name] for name in tensors], options_type.among(rule, given))
+            given_tensors = [given.pop(name) for name in tensors]
+            known = not torch.compiler.is_compiling() and _VALUES.issuperset(map(type, given.values()))
+            return loss(*given_tensors, (remembered if known else options_of)(*given.values()))
 
         return public
 

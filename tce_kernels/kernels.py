@@ -18,6 +18,7 @@ from .sweeps import (
     gradient_of,
     in_split,
     lift,
+    load_param,
     load_target,
     load_target_u,
     row_gradient,
@@ -61,7 +62,7 @@ def row_loss_kernel(
     logits_ptr,  # [outer, inner, V]
     target_ptr,  # [N], N = outer * inner
     row_scale_ptr,  # [N] fp32
-    param_ptr,  # [] fp32: log(threshold), or focal's gamma
+    param,  # log(threshold), or focal's gamma: fp32, or a pointer to it
     loss_ptr,  # [N] fp32
     rows_ptr,  # [6, N] fp32
     split_sums_ptr,  # [3, N, N_SPLITS] fp32, or nothing if N_SPLITS is 1
@@ -91,7 +92,7 @@ def row_loss_kernel(
         )  # fmt: skip
     store_row(
         loss_ptr, rows_ptr, row, N, V, target_u, row_max, sum_exp, sum_u, live, tl.load(row_scale_ptr + row),
-        tl.load(param_ptr), alpha, z_loss, label_smoothing, unit, RULE, SMOOTHING,
+        load_param(param), alpha, z_loss, label_smoothing, unit, RULE, SMOOTHING,
     )  # fmt: skip
 
 
@@ -139,7 +140,7 @@ def loss_and_dlogits_kernel(
     logits_ptr,  # [outer, inner, V]
     target_ptr,  # [N], N = outer * inner
     row_scale_ptr,  # [N] fp32
-    param_ptr,  # [] fp32: log(threshold), or focal's gamma
+    param,  # log(threshold), or focal's gamma: fp32, or a pointer to it
     loss_ptr,  # [N] fp32
     rows_ptr,  # [6, N] fp32
     stride_dlogits_outer, stride_dlogits_inner, stride_logits_outer, stride_logits_inner, inner, N, V,
@@ -178,7 +179,7 @@ def loss_and_dlogits_kernel(
             )  # fmt: skip
         lse, coef = store_row(
             loss_ptr, rows_ptr, row, N, V, target_u, row_max, sum_exp, sum_u, live, row_scale,
-            tl.load(param_ptr), alpha, z_loss, label_smoothing, unit, RULE, SMOOTHING,
+            load_param(param), alpha, z_loss, label_smoothing, unit, RULE, SMOOTHING,
         )  # fmt: skip
 
         of_exp, of_target, of_ones = row_gradient(

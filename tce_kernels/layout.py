@@ -1,5 +1,7 @@
 """Rows of tensors of any shape: how memory is viewed, and whether rows share it."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,8 @@ def as_rows(logits: Tensor) -> Tensor | None:
     Two, because logits[:, :-1] of a (B, T, V) tensor must not be copied.
     """
     *leading, V = logits.shape
-    if 0 in leading:
-        return logits.as_strided((1, 0, V), (0, 0, 1))
+    if logits.is_contiguous():
+        return logits.view(1, math.prod(leading), V)
     merged = []  # (size, stride), outermost first; neighbours that one stride describes become one
     for size, stride in zip(leading, logits.stride()[:-1], strict=True):
         if size == 1:
@@ -36,9 +38,9 @@ def rows_of(logits: Tensor) -> Tensor:
     return rows
 
 
-def rows_like(logits: Tensor, out: Tensor) -> Tensor:
-    """View a gradient as `as_rows` views its logits: it is contiguous, or it is the logits."""
-    return out.view(rows_of(logits).shape) if out.is_contiguous() else rows_of(out)
+def rows_like(rows: Tensor, out: Tensor) -> Tensor:
+    """View a gradient as `rows` views its logits: it is contiguous, or it is the logits."""
+    return out.view(rows.shape) if out.is_contiguous() else rows_of(out)
 
 
 def are_disjoint(logits: Tensor) -> bool:
@@ -53,9 +55,9 @@ def are_disjoint(logits: Tensor) -> bool:
 
 
 def flat(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1)
+    return tensor.contiguous().view(-1) if tensor.dim() != 1 else tensor.contiguous()
 
 
 def shaped(tensor: Tensor, shape) -> Tensor:
     """A new tensor in another shape that takes over its memory, and no view: what leaves an operator may be changed."""
-    return torch.ops.aten._unsafe_view(tensor, shape)
+    return tensor if tensor.shape == shape else torch.ops.aten._unsafe_view(tensor, shape)

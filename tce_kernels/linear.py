@@ -89,7 +89,7 @@ def _opened(plain) -> tuple[tuple, Chunks, torch.dtype, str, Sequence[bool]]:
 
 @operator(
     "linear_loss",
-    HEAD + ", Tensor row_scale, Tensor param, " + PLAIN,
+    HEAD + ", Tensor row_scale, Tensor? param, " + PLAIN,
     "Tensor loss, Tensor rows, Tensor class_fraction, " + GRADIENTS,
 )
 def linear_loss(input, weight, bias, target, row_scale, param, *plain):

@@ -43,15 +43,21 @@ class Truncated:
         else:
             check_number("threshold", threshold, "in (0, 1]", lambda x: (x <= 0, x > 1, x != x))
 
-    def param(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """log(threshold) [], rounded once."""
+    def param_number(self) -> float | None:
+        """log(threshold), unless `param` has it."""
+        if isinstance(self.threshold, Tensor) or torch.compiler.is_compiling():
+            return None
+        return math.log(self.threshold)
+
+    def param(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """log(threshold) [], rounded once, where it is a tensor."""
         threshold = self.threshold
         if isinstance(threshold, Tensor):
             threshold = threshold.detach().double()
         elif torch.compiler.is_compiling():  # as a number it would be part of the graph, which each value makes anew
             threshold = torch.full((), threshold, dtype=torch.float64, device=device)
         else:
-            return torch.full((), math.log(threshold), dtype=dtype, device=device)
+            return None
         return threshold.log().to(dtype)
 
 
@@ -67,15 +73,21 @@ class Focal:
         check_number("gamma", self.gamma, "a finite number >= 0", _negative_or_not_finite)
         check_number("alpha", self.alpha, "a finite number >= 0", _negative_or_not_finite)
 
-    def param(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """gamma []."""
-        return torch.full((), self.gamma, dtype=dtype, device=device)
+    def param_number(self) -> float:
+        return self.gamma
+
+    def param(self, dtype: torch.dtype, device: torch.device) -> None:
+        return None
 
 
 class Form(NamedTuple):
-    """What the loss of one row is, in the plain values that operators take; param [] and row_scale [N] go beside it."""
+    """What the loss of one row is, in the plain values that operators take; row_scale [N] goes beside it.
+
+    `param_number` is log(threshold) or gamma; None where that is a tensor, param [], which goes beside as well.
+    """
 
     rule: str
+    param_number: float | None
     alpha: float
     ignore_index: int
     z_loss: float
@@ -86,15 +98,17 @@ class Form(NamedTuple):
 
 # The same as arguments of an operator. A Scalar, unlike a float, may be symbolic in a compiled graph.
 FORM_SCHEMA = (
-    "str rule, Scalar alpha, int ignore_index, Scalar z_loss, Scalar label_smoothing, Scalar? softcap, "
-    "Scalar logit_scale"
+    "str rule, Scalar? param_number, Scalar alpha, int ignore_index, Scalar z_loss, Scalar label_smoothing, "
+    "Scalar? softcap, Scalar logit_scale"
 )
 
 
-def form_of(rule, alpha, ignore_index, z_loss, label_smoothing, softcap, logit_scale) -> Form:
+def form_of(rule, param_number, alpha, ignore_index, z_loss, label_smoothing, softcap, logit_scale) -> Form:
     """The form that an operator was called with: numbers of any kind become floats, as the kernels take them."""
+    param_number = None if param_number is None else float(param_number)
     softcap = None if softcap is None else float(softcap)
-    return Form(rule, float(alpha), ignore_index, float(z_loss), float(label_smoothing), softcap, float(logit_scale))
+    numbers = float(z_loss), float(label_smoothing), softcap, float(logit_scale)
+    return Form(rule, param_number, float(alpha), ignore_index, *numbers)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -115,11 +129,6 @@ class LossOptions:
     return_stats: bool = False
     backend: str = "auto"
 
-    @classmethod
-    def among(cls, rule: Truncated | Focal, arguments: dict):
-        """The options among the arguments of a call."""
-        return cls(rule=rule, **{name: arguments[name] for name in cls.__dataclass_fields__ if name != "rule"})
-
     def __post_init__(self):
         """Check the options by themselves and with one another."""
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
@@ -136,10 +145,10 @@ class LossOptions:
         check_number("logit_scale", self.logit_scale, "a finite number > 0", _not_positive_or_not_finite)
         if self.softcap is not None:
             check_number("softcap", self.softcap, "None or a finite number > 0", _not_positive_or_not_finite)
-        for name in ("weight", "token_weight"):
-            if getattr(self, name) is not None:
-                check_tensor(name, getattr(self, name))
-                check_constant(name, getattr(self, name))
+        for name, tensor in (("weight", self.weight), ("token_weight", self.token_weight)):
+            if tensor is not None:
+                check_tensor(name, tensor)
+                check_constant(name, tensor)
         if self.weight is not None and self.label_smoothing != 0:
             raise ValueError(f"label_smoothing must be 0 with class weights, got {self.label_smoothing}")
         if isinstance(self.rule, Focal) and self.label_smoothing != 0:
@@ -164,11 +173,15 @@ class LossOptions:
         """Whether a mean divides by what is left, which is known only after all rows."""
         return isinstance(self.denominator, str) and self.denominator == "kept"
 
+    @property
+    def is_weighted(self) -> bool:
+        """Whether rows weigh anything but 0 and 1."""
+        return self.weight is not None or self.token_weight is not None
+
     def form(self) -> Form:
         rule = self.rule
-        return Form(
-            rule.name, rule.alpha, self.ignore_index, self.z_loss, self.label_smoothing, self.softcap, self.logit_scale
-        )
+        of_rule = rule.name, rule.param_number(), rule.alpha
+        return Form(*of_rule, self.ignore_index, self.z_loss, self.label_smoothing, self.softcap, self.logit_scale)
 
     def of_reference(self) -> dict:
         """The options that say what is computed, by name; the others say how."""

@@ -339,6 +339,15 @@ def write_zeros(
 
 
 @triton.jit
+def load_param(param):
+    """A number that was given by value or, where only the device knows it, in memory."""
+    param = tl.to_tensor(param)  # the interpreter leaves numbers as they are
+    if param.dtype.is_ptr():
+        param = tl.load(param)
+    return tl.cast(param, tl.float32)
+
+
+@triton.jit
 def load_target(target_ptr, row, V, ignore_index):
     """Whether the row is live (not ignored), and its target column, -1 if that is out of range."""
     target = tl.load(target_ptr + row)

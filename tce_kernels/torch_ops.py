@@ -25,6 +25,8 @@ def compute_dtype(dtype):
 
 def _rule(log_prob, param, form):
     """s = log p_t -> (phi, coef), with coef = -dphi / ds."""
+    if param is None:
+        param = log_prob.new_full((), form.param_number)
     if form.rule == "truncated":  # param = log(threshold)
         kept = ~(log_prob > param)  # a NaN row is kept, so that NaN reaches the loss
         return torch.where(kept, -log_prob, 0.0), kept.to(log_prob.dtype)
@@ -168,7 +170,7 @@ def loss_and_dlogits(logits, target, row_scale, param, form, out):
 
 
 def row_loss(logits, target, row_scale, param, form):
-    """logits [outer, inner, V], target and row_scale [N], param [] -> loss [N] and rows [6, N]."""
+    """logits [outer, inner, V], target and row_scale [N], param [] or None (the form's): loss [N] and rows [6, N]."""
     return loss_and_dlogits(logits, target, row_scale, param, form, None)
 
 

@@ -112,8 +112,16 @@ def _flags(form):
     return {"SOFTCAP": form.softcap is not None, "SMOOTHING": form.label_smoothing != 0.0}
 
 
+def _param(param, form):
+    """The rule's parameter as kernels take it: by value, or in memory."""
+    return form.param_number if param is None else param
+
+
 def row_loss(logits, target, row_scale, param, form):
-    """logits [outer, inner, V], target and row_scale [N], param [] -> loss [N] and rows [6, N], both float32."""
+    """logits [outer, inner, V], target and row_scale [N] -> loss [N] and rows [6, N], both float32.
+
+    param []: the rule's parameter, or None where the form has it as a number.
+    """
     outer, inner, V = logits.shape
     N = outer * inner
     loss = torch.empty(N, dtype=torch.float32, device=logits.device)
@@ -129,7 +137,7 @@ def row_loss(logits, target, row_scale, param, form):
                     form.ignore_index, form.softcap or 1.0, form.logit_scale, **options,
                 )  # fmt: skip
             kernels.row_loss_kernel[(N,)](
-                logits, target, row_scale, param, loss, rows, split_sums, *_strides(logits), inner, N, V,
+                logits, target, row_scale, _param(param, form), loss, rows, split_sums, *_strides(logits), inner, N, V,
                 form.ignore_index, form.alpha, form.z_loss, form.label_smoothing, form.softcap or 1.0,
                 form.logit_scale, RULE=form.rule, N_SPLITS=n_splits, **options,
             )  # fmt: skip
@@ -166,9 +174,10 @@ def loss_and_dlogits(logits, target, row_scale, param, form, out, fill=True):
         options = _blocks(logits, out)
         with _device(logits):
             kernels.loss_and_dlogits_kernel[(_n_programs(logits),)](
-                out, logits, target, row_scale, param, loss, rows, *_strides(out), *_strides(logits), inner, N, V,
-                form.ignore_index, int(fill), form.alpha, form.z_loss, form.label_smoothing, form.softcap or 1.0,
-                form.logit_scale, RULE=form.rule, ONE_BLOCK=V <= options["BLOCK_V"], **options, **_flags(form),
+                out, logits, target, row_scale, _param(param, form), loss, rows, *_strides(out), *_strides(logits),
+                inner, N, V, form.ignore_index, int(fill), form.alpha, form.z_loss, form.label_smoothing,
+                form.softcap or 1.0, form.logit_scale, RULE=form.rule, ONE_BLOCK=V <= options["BLOCK_V"], **options,
+                **_flags(form),
             )  # fmt: skip
     return loss, rows
 

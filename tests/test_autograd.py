@@ -15,9 +15,11 @@ from cases import (
     needs_triton,
     truncated,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import tce_kernels
+from tce_kernels import context
 
 N, V = 6, 50
 ONCE = [{}, {"reduction": "sum"}, {"inplace": True}, {"inplace": True, "reduction": "none"}]
@@ -175,7 +177,7 @@ def test_operators_pass_opcheck(backend, dtype, device):
     logits, target = logits.view(2, 3, V), target.view(2, 3)
     row_scale = torch.rand(2, 3, device=device)
     param = torch.tensor(-0.5, device=device)
-    form = ("truncated", 1.0, -100, 0.1, 0.2, 5.0, 1.5)
+    form = ("truncated", None, 1.0, -100, 0.1, 0.2, 5.0, 1.5)
     operators = torch.ops.tce_kernels
     torch.library.opcheck(operators.row_loss.default, (logits, target, row_scale, param, *form, backend))
     torch.library.opcheck(operators.loss_and_dlogits.default, (logits, target, row_scale, param, *form, backend))
@@ -371,6 +373,61 @@ class _Unwatched:
             self.watching[0] = True
 
         return launch
+
+
+class _Launches(TorchDispatchMode):
+    """What a GPU would be asked to run: operations that neither view nor allocate, and `kernels`, which do not run."""
+
+    ALLOCATE = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "promote_types"}
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        from tce_kernels import kernels
+
+        self.names = []
+        for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
+            monkeypatch.setattr(kernels, name, _Counted(name, self.names))
+        # A call that saw the mode would go through the registered operators, as no training step does.
+        monkeypatch.setattr(context, "is_in_torch_dispatch_mode", lambda: False)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        name = function.overloadpacket.__name__
+        aliases = [returned.alias_info for returned in function._schema.returns]
+        is_view = any(alias is not None and not alias.is_write for alias in aliases)
+        if not is_view and name not in self.ALLOCATE:
+            self.names.append(name)
+        if name == "sum" and result.dtype != args[0].dtype:
+            self.names.append("conversion of what is summed up")  # which PyTorch launches by itself
+        return result
+
+
+class _Counted:
+    def __init__(self, name, names):
+        self.name, self.names = name, names
+
+    def __getitem__(self, grid):
+        return lambda *_, **__: self.names.append(self.name)
+
+
+@needs_triton
+@pytest.mark.parametrize("options, forward, backward", [
+    ({}, ["ne", "sum", "clamp", "div", "loss_and_dlogits_kernel", "sum"], ["ones_like", "scale_kernel"]),
+    ({"reduction": "sum"}, ["ne", "loss_and_dlogits_kernel", "sum"], ["ones_like", "scale_kernel"]),
+    ({"reduction": "none"}, ["ne", "row_loss_kernel"], ["mul", "dlogits_kernel"]),
+])  # fmt: skip
+@pytest.mark.parametrize("loss", [truncated, focal])
+def test_launches_of_a_call(loss, options, forward, backward, device, monkeypatch):
+    """Small inputs feel each of them."""
+    logits, target = make_inputs(N, V, torch.float32, device)
+    logits.requires_grad_()
+    upstream = torch.ones(N, device=device) if options.get("reduction") == "none" else None
+    with _Launches(monkeypatch) as launches:
+        value = loss(logits, target, backend="triton", **options)
+        assert launches.names == forward
+        launches.names.clear()
+        torch.autograd.grad(value, logits, upstream)
+        assert launches.names == backward
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

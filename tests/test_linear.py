@@ -668,7 +668,7 @@ def test_operators_pass_opcheck(backend, device):
     input, target = input.view(2, 3, D), target.view(2, 3)
     row_scale = torch.rand(2, 3, device=device)
     param = torch.tensor(-0.5, device=device)
-    form = ("truncated", 1.0, -100, 0.1, 0.2, 5.0, 1.5)
+    form = ("truncated", None, 1.0, -100, 0.1, 0.2, 5.0, 1.5)
     chunks = (2, torch.float32, 0.0, torch.bfloat16, backend)
     operators = torch.ops.tce_kernels
     for needs in ([True] * 3, [False, True, False], [False] * 3):

@@ -199,6 +199,33 @@ def test_batched_backward(backend, case, device):
     close(*results)
 
 
+@ANY_CASE
+@ANY_BACKEND
+def test_tensors_whose_memory_holds_something_else(backend, case, device):
+    """Wrappers of functionalisation, and zeros of no memory: only PyTorch's dispatcher sees through them."""
+    call, x = make(case, device)
+    call = functools.partial(call, backend=backend)
+    close(torch.func.functionalize(call)(x), call(x))
+    leaf = x.requires_grad_()
+    value = call(leaf)
+    assert not torch.autograd.grad(value, leaf, torch._efficientzerotensor(value.shape, device=device))[0].any()
+
+
+@ANY_BACKEND
+def test_numbers_that_are_still_to_be_negated(backend, device):
+    logits, target = make_inputs(N, V, torch.float32, device)
+    close(truncated(torch._neg_view(logits), target, backend=backend), truncated(-logits, target, backend=backend))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("case", [CASES[0], CASES[3]])
+def test_a_trace_of_the_loss_holds_its_operator(case):
+    call, x = make(case, "cpu")
+    traced = torch.jit.trace(call, x, check_trace=False)
+    assert any(node.kind().startswith("tce_kernels::") for node in traced.graph.nodes())
+    close(traced(x.flip(0)), call(x.flip(0)))
+
+
 # What is saved between forward and backward
 
 
@@ -601,7 +628,7 @@ def test_hidden_states_whose_features_lie_apart(backend, compile, options, layou
 def test_operators_promise_the_strides_that_they_make(options):
     """torch.library.opcheck compares what the fake operator says with what the real one returns."""
     input, weight, bias, target = make_linear_inputs(N, D, V, torch.float32, "cpu")
-    form, chunks = ("truncated", 1.0, -100, 0.0, 0.0, None, 1.0), (4, torch.float32, torch.float32, "torch")
+    form, chunks = ("truncated", None, 1.0, -100, 0.0, 0.0, None, 1.0), (4, torch.float32, 0.0, torch.float32, "torch")
     row_scale, param = torch.rand(N), torch.tensor(-0.5)
     for hidden in (arrange(input) for arrange in FEATURES_APART.values() if arrange(input).dim() == 2):
         for head in (weight, weight.t().contiguous().t()):
