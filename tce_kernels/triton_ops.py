@@ -17,10 +17,8 @@ def serves(device):
     """Whether the kernels run on this device: an NVIDIA or AMD GPU, or a CPU that plays one for Triton."""
     if device.type == "cuda" or not isinstance(kernels.row_loss_kernel, triton.JITFunction):
         return True
-    if device.type != "cpu":  # another GPU, whose cache and compiler options are not known here
-        return False
-    try:
-        return triton.runtime.driver.active.get_active_torch_device().type == "cpu"
+    try:  # of other GPUs neither cache nor compiler options are known here
+        return device.type == "cpu" == triton.runtime.driver.active.get_active_torch_device().type
     except RuntimeError:  # no driver at all
         return False
 
