@@ -44,8 +44,9 @@ def _device_figures(device):
     if device.type != "cuda":  # a CPU: so small that splits, and programs that take several rows, come up
         return 2, 2**18
     properties = torch.cuda.get_device_properties(device)
-    # AMD's compute units share the Infinity Cache (256 MB on MI300), which torch does not report.
-    return properties.multi_processor_count, 256 * 2**20 if torch.version.hip else properties.L2_cache_size
+    # From MI300 on (gfx94*, gfx95*) there is an Infinity Cache of 256 MB behind the L2, which torch does not report.
+    has_larger = getattr(properties, "gcnArchName", "").startswith(("gfx94", "gfx95"))
+    return properties.multi_processor_count, 256 * 2**20 if has_larger else properties.L2_cache_size
 
 
 def _rows_in_cache(logits):

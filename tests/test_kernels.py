@@ -526,6 +526,16 @@ def test_a_program_has_the_threads_that_its_blocks_are_for(hip, warp_size, monke
         assert ("maxnreg" in options) == (hip is None)
 
 
+@pytest.mark.parametrize(
+    "architecture, cache_bytes",
+    [({}, 2**22), ({"gcnArchName": "gfx90a"}, 2**22), ({"gcnArchName": "gfx942:sramecc+:xnack-"}, 2**28)],
+)
+def test_the_cache_is_the_last_before_device_memory(architecture, cache_bytes, monkeypatch):
+    properties = SimpleNamespace(multi_processor_count=100, L2_cache_size=2**22, **architecture)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert triton_ops._device_figures.__wrapped__(torch.device("cuda", 0)) == (100, cache_bytes)
+
+
 def test_other_gpus_are_not_taken_for_the_interpreter(monkeypatch):
     """Even if there is a Triton for them: nothing is known of their caches and of its options."""
     monkeypatch.setattr(triton, "JITFunction", type(kernels.row_loss_kernel))  # as if nothing were interpreted
