@@ -121,8 +121,11 @@ def _blocks(n_warps, *tensors):
     starts = [(tensor.data_ptr(), *_strides(tensor)) for tensor in tensors]
     offsets = {(ptr % 16, outer * item % 16, inner * item % 16) for ptr, outer, inner in starts}
     provable = all(number % 16 == 0 for start in starts for number in start)
+    peelable = not provable and len(offsets) == 1
+    while peelable and n_warps > 2 and V <= WARP * n_warps * LOGITS_PER_THREAD:  # where the cache is small
+        n_warps //= 2
     block = WARP * n_warps * LOGITS_PER_THREAD
-    wide = provable or len(offsets) == 1 and V > block
+    wide = provable or peelable and V > block
     return {
         "PEEL": wide and not provable,
         "VECTOR": 16 // item if wide else 1,

@@ -513,6 +513,18 @@ def test_few_rows_are_shared_among_the_multiprocessors(gpu, monkeypatch):
         assert triton_ops._n_splits(logits) in (2, 4, 8)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("gpu", FIGURES)
+def test_unaligned_rows_of_more_than_one_block_are_peeled(gpu, dtype, monkeypatch):
+    """However many warps they are given."""
+    monkeypatch.setattr(triton_ops, "_device_figures", lambda device: FIGURES[gpu])
+    for columns in range(2049, 60_000, 26):
+        logits = torch.empty(1, 8192, columns, dtype=dtype, device="meta")
+        for n_warps in (triton_ops._n_warps(logits), triton_ops._n_row_warps(logits)):
+            options = triton_ops._blocks(n_warps, logits)
+            assert options["PEEL"] and options["BLOCK_V"] < columns
+
+
 @pytest.mark.parametrize("hip, warp_size", [(None, 32), ("6.0", 32), ("6.0", 64)], ids=["NVIDIA", "RDNA", "CDNA"])
 def test_a_program_has_the_threads_that_its_blocks_are_for(hip, warp_size, monkeypatch):
     """Whatever the GPU calls a warp; and AMD's compiler knows no bound on registers."""
