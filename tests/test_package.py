@@ -47,8 +47,8 @@ BENCHMARKS = {
     "timing.linear": {"timing.heads", "timing.measure", "timing.suite"},
     "timing.correctness": set(),
     "timing.gpu": {
-        "report", "timing.correctness", "timing.linear", "timing.logits", "timing.measure", "timing.profiles",
-        "timing.suite",
+        "report", "timing.correctness", "timing.linear", "timing.logits", "timing.measure", "timing.peers",
+        "timing.profiles", "timing.suite",
     },
     "timing.bench_losses": {"timing.heads", "timing.linear", "timing.logits", "timing.measure"},
     "codegen.devices": set(),
