@@ -149,6 +149,16 @@ def test_without_triton():
     assert "pass backend='torch'" in done.stdout
 
 
+def test_installing_does_not_bring_a_triton():
+    """Which would overwrite the one that torch has brought, if that is AMD's: only two extras that say so do."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 has it")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = (
+        project["dependencies"] + project["optional-dependencies"]["test"] + project["optional-dependencies"]["bench"]
+    )
+    assert not {"triton", "liger-kernel", "cut-cross-entropy"} & {re.match(r"[\w-]+", name)[0] for name in needed}
+
+
 @needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
 def test_triton_without_a_gpu_and_without_the_interpreter():
