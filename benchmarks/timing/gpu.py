@@ -54,7 +54,7 @@ def main() -> int:
         Part(part, part.cases(False, None, None, True), until)
         for part, until in ((logits.SUITE, LOGITS_UNTIL), (linear.SUITE, LINEAR_UNTIL))
     ]
-    device = torch.device("cuda")
+    device = torch.device("cuda", torch.cuda.current_device())  # as tensors name it
     folder = report.results_path(device, "report.md", False).parent
     return write(device, "triton", correctness.cases(), parts, folder)
 
