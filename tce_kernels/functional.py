@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import autograd, checks, linear, reference, stats
 from .context import has_tangent
+from .head import matmul_dtype
 from .options import Focal, LinearOptions, LogitsOptions, Truncated
 from .stats import LossStats
 from .torch_ops import compute_dtype
@@ -53,7 +54,7 @@ def linear_loss(
         of_logits = {name: getattr(options, name) for name in LogitsOptions.__dataclass_fields__ if name != "inplace"}
         return logits_loss(torch.nn.functional.linear(*head), target, LogitsOptions(**of_logits))
 
-    dtype = linear.matmul_dtype(input)
+    dtype = matmul_dtype(input)
 
     def path(*arguments):
         return linear.loss_and_rows(
@@ -76,7 +77,7 @@ def _chosen(backend: str, tensor) -> str:
 def _reduced(path, target, V, dtype, options, divide_last):
     """What the paths share: one number per row each before, the reduction after.
 
-    path(target, row_scale, param) returns the loss, per row or summed up, and `rows`.
+    path(target, row_scale, param) returns the loss, per row or summed up, `rows`, and class_fraction if it knows one.
     """
     dtype = compute_dtype(dtype)
     target = target.long()  # int32 would take an ignore_index beyond its range for another number
@@ -90,7 +91,7 @@ def _reduced(path, target, V, dtype, options, divide_last):
         else:
             row_scale = row_scale * torch.where(total == 0, 0, 1 / total)
 
-    loss, rows = path(target, row_scale, options.rule.param(dtype, target.device))
+    loss, rows, *class_fraction = path(target, row_scale, options.rule.param(dtype, target.device))
 
     rows = rows.detach()
     if options.reduction != "none":
@@ -100,7 +101,10 @@ def _reduced(path, target, V, dtype, options, divide_last):
         loss = torch.where(total == 0, 0, loss)  # 0 * infinity
     if mean and divide_last:
         loss = loss / torch.where(total == 0, 1, total)
-    return (loss, stats.from_rows(rows, valid)) if options.return_stats else loss
+    if not options.return_stats:
+        return loss
+    class_fraction = class_fraction or [torch.ones((), dtype=torch.float32, device=loss.device)]
+    return loss, stats.from_rows(rows, valid, *class_fraction)
 
 
 def _row_weight(valid, target, weight, token_weight, V, dtype):
@@ -273,6 +277,7 @@ def linear_truncated_cross_entropy(
     backend: str = "auto",
     chunk_size: int | str = "auto",
     accumulate_dtype: torch.dtype = torch.float32,
+    gradient_tolerance: float = 0.0,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """`truncated_cross_entropy` of the logits input linear_weight^T + linear_bias, which are never all in memory.
 
@@ -334,6 +339,7 @@ def linear_focal_cross_entropy(
     backend: str = "auto",
     chunk_size: int | str = "auto",
     accumulate_dtype: torch.dtype = torch.float32,
+    gradient_tolerance: float = 0.0,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """`focal_cross_entropy` of the logits input linear_weight^T + linear_bias, which are never all in memory.
 

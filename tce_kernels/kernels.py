@@ -236,3 +236,68 @@ def move_rows_kernel(
             mask = cols < stride_rows_n
             x = tl.load(rows_ptr + source * stride_rows_n + cols, mask=mask)
             tl.store(rows_ptr + row * stride_rows_n + cols, x, mask=mask)
+
+
+@triton.jit(do_not_specialize=["n"])
+def class_sums_kernel(
+    dlogits_ptr,  # [n, V]
+    signs_ptr,  # [n] int8
+    sums_ptr,  # [n_parts, 2, V] fp32
+    stride_dlogits_n, n, V,
+    N_ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Sums of BLOCK_V classes over N_ROWS rows a program: over those of sign 1, and those of sign -1. 0 is not read."""
+    cols = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    part = tl.program_id(1)
+    positive, negative = tl.zeros([BLOCK_V], tl.float32), tl.zeros([BLOCK_V], tl.float32)
+    for row in range(part * N_ROWS, tl.minimum((part + 1) * N_ROWS, n)):
+        sign = tl.load(signs_ptr + row)
+        row_ptr = dlogits_ptr + tl.cast(row, tl.int64) * stride_dlogits_n
+        gradient = tl.load(row_ptr + cols, mask=(cols < V) & (sign != 0), other=0.0).to(tl.float32)
+        positive += tl.where(sign > 0, gradient, 0.0)
+        negative += tl.where(sign < 0, gradient, 0.0)
+    part_ptr = sums_ptr + tl.cast(part, tl.int64) * 2 * V
+    tl.store(part_ptr + cols, positive, mask=cols < V)
+    tl.store(part_ptr + V + cols, negative, mask=cols < V)
+
+
+@triton.jit
+def keep_classes_kernel(
+    dlogits_ptr,  # [K, V], packed in place
+    place_ptr,  # [V] int32: where a class goes, not behind where it is; -1 if it is left out
+    sums_ptr,  # [K] fp32: of the classes left out
+    stride_dlogits_k, V,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One program a row, which reads each block before it writes over it or what comes before it."""
+    row = tl.cast(tl.program_id(0), tl.int64)
+    row_ptr = dlogits_ptr + row * stride_dlogits_k
+    left_out = tl.zeros([BLOCK_V], tl.float32)
+    for start in range(0, V, BLOCK_V):
+        cols = start + tl.arange(0, BLOCK_V)
+        mask = cols < V
+        gradient = tl.load(row_ptr + cols, mask=mask, other=0.0)
+        place = tl.load(place_ptr + cols, mask=mask, other=-1)
+        left_out += tl.where(place < 0, gradient.to(tl.float32), 0.0)
+        tl.debug_barrier()
+        tl.store(row_ptr + place, gradient, mask=place >= 0)
+    tl.store(sums_ptr + row, tl.sum(left_out, 0))
+
+
+@triton.jit
+def add_rows_kernel(
+    total_ptr,  # [V, D], added to
+    rows_ptr,  # [n] int64, no two the same
+    addend_ptr,  # [n, D]
+    stride_total_v, D,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program a row."""
+    i = tl.cast(tl.program_id(0), tl.int64)
+    total_ptr += tl.load(rows_ptr + i) * stride_total_v
+    addend_ptr += i * D
+    for start in range(0, D, BLOCK_D):
+        cols = start + tl.arange(0, BLOCK_D)
+        mask = cols < D
+        total = tl.load(total_ptr + cols, mask=mask)
+        tl.store(total_ptr + cols, total + tl.load(addend_ptr + cols, mask=mask), mask=mask)

@@ -6,7 +6,6 @@ share `a` of the rows kept that is 2 N D V (1 + 2 a) multiplications and additio
 ignored rows are left out of the forward matmul as well.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -26,122 +25,22 @@ from .autograd import (
     product,
     refuse_tangent,
 )
-from .checks import is_autocast
 from .context import graph_is_kept, is_plain
+from .gradients import Gradients, GradientsOfHeaviestClasses
+from .head import Head, auto_chunk_size, supported
 from .layout import flat, rows_of, shaped
 from .options import CHUNKS_SCHEMA, Chunks, Form, form_of
 from .stats import COEF, N_FIELDS
 
-GPU_CHUNK_ROWS, GPU_CHUNK_BYTES = 2048, 2**29
-CPU_CHUNK_ROWS = 1024
-
-
-def auto_chunk_size(V: int, itemsize: int, on_cpu: bool) -> int:
-    """Rows per chunk for logits of `itemsize` bytes."""
-    return CPU_CHUNK_ROWS if on_cpu else max(GPU_CHUNK_ROWS, GPU_CHUNK_BYTES // (V * itemsize))
-
-
-def matmul_dtype(input: Tensor) -> torch.dtype:
-    """The dtype that F.linear would multiply in: autocast's, or the input's."""
-    device = input.device.type
-    if is_autocast(device) and input.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return input.dtype
-
-
-def _supported(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """`dtype`, or float32 on a processor on which PyTorch multiplies 16-bit matrices element by element."""
-    if device.type != "cpu" or dtype.itemsize > 2:
-        return dtype
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return torch.float32
-    mkldnn = torch.ops.mkldnn
-    fast = mkldnn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported
-    return dtype if fast() else torch.float32
-
-
-@functools.cache
-def _adds_inside(dtype: torch.dtype, total_dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a matmul in `dtype` can add to a total of another dtype, tried out once, the result included."""
-    if device.type != "cuda":
-        return False
-    matrix = torch.full((16, 16), 0.5, dtype=dtype, device=device)
-    total = torch.full((16, 16), torch.nan, dtype=total_dtype, device=device)
-    try:
-        for beta in (0, 1):
-            torch.addmm(total, matrix.t(), matrix, beta=beta, out_dtype=total_dtype, out=total)
-    except (RuntimeError, TypeError):  # this device, or this version of torch, has no such matmul
-        return False
-    return bool((total == 8).all())
-
-
-class _Head:
-    """The linear map from input [N, D] to logits [N, V], in the dtype of the matmuls."""
-
-    def __init__(self, input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
-        self.dtype = _supported(dtype, input.device)
-        self.input = input.reshape(-1, input.shape[-1])
-        self.weight = weight.to(self.dtype)
-        self.bias = None if bias is None else bias.to(self.dtype)
-
-    def inputs(self, rows: Tensor) -> Tensor:
-        return self.input[rows].to(self.dtype)
-
-    def write_logits(self, rows: Tensor, out: Tensor) -> None:
-        if self.bias is None:
-            torch.mm(self.inputs(rows), self.weight.t(), out=out)
-        else:
-            torch.addmm(self.bias, self.inputs(rows), self.weight.t(), out=out)
-
-
-class _Gradients:
-    """Gradients of input [N, D], weight [V, D] and bias [V], those that are needed; the others stay empty."""
-
-    def __init__(self, head: _Head, needs: Sequence[bool], accumulate_dtype: torch.dtype):
-        self.head = head
-        self.needs_input, self.needs_weight, self.needs_bias = needs
-        V = len(head.weight)
-        total_dtype = torch.promote_types(accumulate_dtype, head.dtype)
-        self.input = head.input.new_zeros(head.input.shape if self.needs_input else 0, dtype=head.dtype)
-        self.weight = head.weight.new_empty(head.weight.shape if self.needs_weight else 0, dtype=total_dtype)
-        self.bias = head.weight.new_zeros(V if self.needs_bias else 0, dtype=total_dtype)
-        self.beta = 0  # the first product is written, not added, so the weight's total starts uninitialised
-
-    def add(self, dlogits: Tensor, rows: Tensor) -> None:
-        """Take in the gradients of the logits [K, V] of some rows [K]."""
-        if self.needs_input:
-            self.input[rows] = torch.mm(dlogits, self.head.weight)
-        if self.needs_weight:
-            self._add_to_weight(dlogits.t(), self.head.inputs(rows))
-            self.beta = 1
-        if self.needs_bias:
-            self.bias += dlogits.sum(0, dtype=self.bias.dtype)
-
-    def _add_to_weight(self, dlogits: Tensor, x: Tensor) -> None:
-        total = self.weight
-        if total.dtype == x.dtype:
-            total.addmm_(dlogits, x, beta=self.beta)
-        elif _adds_inside(x.dtype, total.dtype, x.device):
-            torch.addmm(total, dlogits, x, beta=self.beta, out_dtype=total.dtype, out=total)
-        else:  # products rounded to the 16 bits of the matmul, of a few classes at a time
-            for some, some_dlogits in zip(total.split(4096), dlogits.split(4096), strict=True):
-                product = torch.mm(some_dlogits, x)
-                some.copy_(product) if self.beta == 0 else some.add_(product)
-
-    def finished(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
-        if self.beta == 0:
-            self.weight.zero_()
-        return shaped(self.input, shape if self.needs_input else (0,)), self.weight, self.bias
-
 
 def _through_chunks(
-    head: _Head, rows: Tensor, chunk_size: int | None, backend: str, step: Callable[[Tensor, Tensor], Tensor],
-    gradients: _Gradients | None,
+    head: Head, rows: Tensor, chunk_size: int | None, backend: str, step: Callable[[Tensor, Tensor], Tensor],
+    gradients: Gradients | None,
 ) -> None:  # fmt: skip
     """The loop. step(logits [1, n, V], chunk [n]) returns the rows [K] whose gradients it left in the first K rows."""
     V = len(head.weight)
     if chunk_size is None:
-        chunk_size = auto_chunk_size(V, head.dtype.itemsize, head.input.device.type == "cpu")
+        chunk_size = auto_chunk_size(len(rows), V, head.dtype.itemsize, head.input.device.type == "cpu")
     # Fast matmuls need rows that start at multiples of 16 bytes, and Triton proves wide accesses right from strides
     # that are multiples of 16 elements. PyTorch's row operations would copy rows with gaps between them.
     stride = V if backend == "torch" else -(-V // 16) * 16
@@ -172,6 +71,15 @@ PLAIN = "{form}, " + CHUNKS_SCHEMA + ", ScalarType dtype, str backend, bool[] ne
 GRADIENTS = "Tensor dinput, Tensor dweight, Tensor dbias"
 
 
+def _gradients(head: Head, needs: Sequence[bool], chunks: Chunks, row_operations, form: Form, row_grad, rows):
+    tolerance = float(chunks.gradient_tolerance)
+    if tolerance == 0 or form.label_smoothing and form.softcap is not None:
+        return Gradients(head, needs, chunks.accumulate_dtype)
+    return GradientsOfHeaviestClasses(
+        head, needs, chunks.accumulate_dtype, tolerance, row_operations, form, row_grad, rows
+    )
+
+
 def _opened(plain) -> tuple[tuple, Chunks, torch.dtype, str, Sequence[bool]]:
     """The plain values that an operator was called with: those of its form, of its chunks, and the others."""
     n = len(Form._fields)
@@ -182,20 +90,23 @@ def _opened(plain) -> tuple[tuple, Chunks, torch.dtype, str, Sequence[bool]]:
 @operator(
     "linear_loss",
     HEAD + ", Tensor row_scale, Tensor param, " + PLAIN,
-    "Tensor loss, Tensor rows, " + GRADIENTS,
+    "Tensor loss, Tensor rows, Tensor class_fraction, " + GRADIENTS,
 )
 def linear_loss(input, weight, bias, target, row_scale, param, *plain):
-    """Loss (...), rows (6, ...), and the gradients of the sum that are needed (those of input, weight and bias)."""
+    """Loss (...), rows (6, ...), class_fraction [], and the gradients of the sum that are needed of the head's tensors.
+
+    class_fraction: mean share of the classes that took part in the gradients' matmuls.
+    """
     form, chunks, dtype, backend, needs = _opened(plain)
     form = form_of(*form)
     if backend == "torch":
         check_target(target, len(weight), form.ignore_index)
     row_operations = backend_of(backend, input)
-    head = _Head(input, weight, bias, dtype)
-    gradients = _Gradients(head, needs, chunks.accumulate_dtype)
+    head = Head(input, weight, bias, dtype)
     flat_target, flat_scale = flat(target), flat(row_scale)
     loss = row_scale.new_zeros(target.numel())
     rows = row_scale.new_zeros(N_FIELDS, target.numel())
+    gradients = _gradients(head, needs, chunks, row_operations, form, flat_scale, rows)
 
     def row_loss(logits, chunk):
         loss[chunk], rows[:, chunk] = row_operations.row_loss(
@@ -203,9 +114,10 @@ def linear_loss(input, weight, bias, target, row_scale, param, *plain):
         )
 
     def loss_and_kept_dlogits(logits, chunk):
-        loss[chunk], rows[:, chunk], kept = row_operations.loss_and_kept_dlogits(
-            logits, flat_target[chunk], flat_scale[chunk], param, form
+        loss[chunk], rows[:, chunk], kept, counted = row_operations.loss_and_kept_dlogits(
+            logits, flat_target[chunk], flat_scale[chunk], param, form, gradients.count
         )
+        gradients.learn(*counted)
         return chunk[kept]
 
     live = (flat_target != form.ignore_index).nonzero().squeeze(1)
@@ -213,13 +125,16 @@ def linear_loss(input, weight, bias, target, row_scale, param, *plain):
         _through_chunks(head, live, chunks.chunk_size, backend, loss_and_kept_dlogits, gradients)
     else:
         _through_chunks(head, live, chunks.chunk_size, backend, row_loss, None)
-    return shaped(loss, target.shape), rows.view(N_FIELDS, *target.shape), *gradients.finished(input.shape)
+    class_fraction = torch.full((), gradients.class_fraction(), dtype=torch.float32, device=loss.device)
+    rows = rows.view(N_FIELDS, *target.shape)
+    return shaped(loss, target.shape), rows, class_fraction, *gradients.finished(input.shape)
 
 
 @linear_loss.register_fake
 def _(input, weight, bias, target, row_scale, param, *plain):
     rows = row_scale.new_empty((N_FIELDS, *target.shape))
-    return row_scale.new_empty(target.shape), rows, *_fake_gradients(input, weight, plain)
+    class_fraction = row_scale.new_empty((), dtype=torch.float32)
+    return row_scale.new_empty(target.shape), rows, class_fraction, *_fake_gradients(input, weight, plain)
 
 
 @operator(
@@ -232,12 +147,15 @@ def linear_gradients(input, weight, bias, target, row_grad, rows, *plain):
     form, chunks, dtype, backend, needs = _opened(plain)
     form = form_of(*form)
     row_operations = backend_of(backend, input)
-    head = _Head(input, weight, bias, dtype)
-    gradients = _Gradients(head, needs, chunks.accumulate_dtype)
+    head = Head(input, weight, bias, dtype)
     flat_target, flat_grad, flat_rows = flat(target), flat(row_grad), rows.reshape(N_FIELDS, -1)
+    gradients = _gradients(head, needs, chunks, row_operations, form, flat_grad, flat_rows)
 
     def dlogits(logits, chunk):
-        row_operations.dlogits(logits, flat_target[chunk], flat_grad[chunk], flat_rows[:, chunk], form, logits)
+        of_chunk = flat_target[chunk], flat_grad[chunk], flat_rows[:, chunk]
+        row_operations.dlogits(logits, *of_chunk, form, logits)
+        if gradients.count:
+            gradients.learn(*gradients.count(logits[0], *of_chunk).tolist())
         return chunk
 
     wanted = ((flat_rows[COEF] != 0) & (flat_grad != 0)).nonzero().squeeze(1)
@@ -252,7 +170,7 @@ def _(input, weight, bias, target, row_grad, rows, *plain):
 
 def _fake_gradients(input, weight, plain):
     _, chunks, dtype, _, (needs_input, needs_weight, needs_bias) = _opened(plain)
-    dtype = _supported(dtype, input.device)
+    dtype = supported(dtype, input.device)
     total_dtype = torch.promote_types(chunks.accumulate_dtype, dtype)
     return (
         input.new_empty(input.shape if needs_input else (0,), dtype=dtype),
@@ -270,7 +188,7 @@ def _flops(input_shape, weight_shape, *arguments, out_shape=None, **_) -> int:
 
 
 class LinearLossAndGradients(Function):
-    """Sum of the losses [], rows (6, ...) and the gradients for an upstream gradient of 1, made in forward.
+    """Sum of the losses [], rows (6, ...), class_fraction [], and the gradients for an upstream gradient of 1.
 
     `may_vanish`: the upstream gradient may be the 0 of a mean over nothing, which undoes NaN as well.
     """
@@ -280,14 +198,14 @@ class LinearLossAndGradients(Function):
     @forward_method
     def forward(input, weight, bias, *arguments):
         *arguments, _ = arguments
-        loss, rows, *gradients = linear_loss(input, weight, bias, *arguments)
-        return loss.sum(), rows, *gradients
+        loss, *others = linear_loss(input, weight, bias, *arguments)
+        return loss.sum(), *others
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         *_, ctx.backend, ctx.needs, ctx.may_vanish = inputs
-        _, rows, *gradients = output
-        ctx.mark_non_differentiable(*gradients)
+        _, rows, class_fraction, *gradients = output
+        ctx.mark_non_differentiable(class_fraction, *gradients)
         ctx.set_materialize_grads(False)
         needed = [gradient for gradient, needed in zip(gradients, ctx.needs, strict=True) if needed]
         ctx.save_for_backward(rows, *needed)
@@ -319,21 +237,21 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, memory, backen
 
 
 class LinearRowLoss(Function):
-    """Losses (...) and rows (6, ...); the gradients are made in backward, from logits that are made again."""
+    """Losses (...), rows (6, ...), class_fraction []; the gradients are made in backward, from logits made again."""
 
     generate_vmap_rule = True
 
     @forward_method
     def forward(input, weight, bias, *arguments):
         *arguments, _, _ = arguments
-        loss, rows, *_ = linear_loss(input, weight, bias, *arguments, [False] * 3)
-        return loss, rows
+        return linear_loss(input, weight, bias, *arguments, [False] * 3)[:3]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, weight, bias, target, row_scale, _, *ctx.plain, _ = inputs
-        _, rows = output
+        _, rows, class_fraction = output
         *_, ctx.needs = ctx.plain
+        ctx.mark_non_differentiable(class_fraction)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight, bias, target, row_scale, rows)
         ctx.dtypes = _dtypes(inputs, ctx.needs)
@@ -374,16 +292,14 @@ class _EagerRowLoss(LinearRowLoss):
 
 def loss_and_rows(
     input: Tensor, weight: Tensor, bias: Tensor | None, *arguments, in_forward: bool, may_vanish: bool
-) -> tuple[Tensor, Tensor]:
-    """Loss and rows: per row (...), or their sum [] where the gradients are made in forward."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, per row (...) or the sum [] where the gradients are made in forward; rows (6, ...); class_fraction []."""
     tensors = input, weight, bias
     needs = [tensor is not None and torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors]
     if not any(needs):
-        loss, rows, *_ = linear_loss(*tensors, *arguments, needs)
-        return loss, rows
+        return linear_loss(*tensors, *arguments, needs)[:3]
     if torch.compiler.is_compiling():
         function = LinearLossAndGradients if in_forward else LinearRowLoss
     else:
         function = _EagerLossAndGradients if in_forward else _EagerRowLoss
-    loss, rows, *_ = function.apply(*tensors, *arguments, needs, may_vanish)
-    return loss, rows
+    return function.apply(*tensors, *arguments, needs, may_vanish)[:3]

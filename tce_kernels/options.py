@@ -208,9 +208,10 @@ class Chunks(NamedTuple):
 
     chunk_size: int | None
     accumulate_dtype: torch.dtype
+    gradient_tolerance: float
 
 
-CHUNKS_SCHEMA = "int? chunk_size, ScalarType accumulate_dtype"
+CHUNKS_SCHEMA = "int? chunk_size, ScalarType accumulate_dtype, Scalar gradient_tolerance"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -219,6 +220,7 @@ class LinearOptions(LossOptions):
 
     chunk_size: int | str = "auto"
     accumulate_dtype: torch.dtype = torch.float32
+    gradient_tolerance: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -230,6 +232,7 @@ class LinearOptions(LossOptions):
         if not isinstance(self.accumulate_dtype, torch.dtype):
             raise TypeError(f"accumulate_dtype must be a torch.dtype, got {self.accumulate_dtype!r}")
         check_choice("accumulate_dtype", self.accumulate_dtype, DTYPES)
+        check_number("gradient_tolerance", self.gradient_tolerance, "in [0, 1)", lambda x: (x < 0, x >= 1, x != x))
 
     def chunks(self) -> Chunks:
         values = [getattr(self, name) for name in Chunks._fields]

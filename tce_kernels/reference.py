@@ -158,4 +158,5 @@ def _stats(z: Tensor, target: Tensor, bad: Tensor, valid: Tensor, kept: Tensor) 
         valid=valid,
         n_valid=valid.sum(),
         n_kept=kept.sum(),
+        class_fraction=torch.ones((), dtype=torch.float32, device=z.device),
     )

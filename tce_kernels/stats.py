@@ -20,6 +20,10 @@ class LossStats(NamedTuple):
         valid: bool, the rows that are not ignored.
     0-d int64:
         n_valid, n_kept: how many rows are valid, and kept.
+    0-d float32:
+        class_fraction: share of the classes that took part in the matmuls of the gradients, the mean over the rows that
+            did. 1 unless a linear loss with a `gradient_tolerance` has left some out; 1 as well where the gradients are
+            made in backward (reduction="none", allow_retain_graph) or not at all: nothing is known yet.
     """
 
     log_prob: Tensor
@@ -29,6 +33,7 @@ class LossStats(NamedTuple):
     valid: Tensor
     n_valid: Tensor
     n_kept: Tensor
+    class_fraction: Tensor
 
     # Shares are in the dtype of log_prob: a quotient of integers would have the default one, whatever that is.
 
@@ -48,7 +53,7 @@ class LossStats(NamedTuple):
         return self.log_prob.exp().where(self.valid, 0).sum() / self.n_valid.clamp(min=1)
 
 
-def from_rows(rows: Tensor, valid: Tensor) -> LossStats:
+def from_rows(rows: Tensor, valid: Tensor, class_fraction: Tensor) -> LossStats:
     """Statistics in memory of their own: whoever changes them changes nothing that backward needs."""
     kept = rows[COEF] != 0
     return LossStats(
@@ -59,4 +64,5 @@ def from_rows(rows: Tensor, valid: Tensor) -> LossStats:
         valid=valid,
         n_valid=valid.sum(),
         n_kept=kept.sum(),
+        class_fraction=class_fraction,
     )

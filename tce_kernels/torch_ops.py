@@ -82,17 +82,22 @@ def _is_z(logits, form):
     return logits.dtype == compute_dtype(logits.dtype) and form.softcap is None and form.logit_scale == 1.0
 
 
+def row_factors(row_grad, rows, form):
+    """Of each row: row_grad, or 0 if the row is dropped; the factors of its softmax and of its target's one-hot."""
+    coef = rows[COEF]
+    row_grad = torch.where(coef == 0, 0, row_grad * form.logit_scale)
+    of_target = row_grad * coef
+    of_p = of_target + 2 * form.z_loss * row_grad * rows[LSE] if form.z_loss else of_target
+    return row_grad, of_p, of_target
+
+
 def _write_gradient(out, selected, p, z, target, row_grad, rows, form):
     """Write the gradient to the selected rows of out [R, V], which may be the logits, and zeros to the others.
 
     p, the softmax of those rows, is lost; so is z, which only a softcap needs.
     """
     V = out.shape[1]
-    coef = rows[COEF]
-    row_grad = torch.where(coef == 0, 0, row_grad * form.logit_scale)
-    of_target = row_grad * coef
-    of_p = of_target + 2 * form.z_loss * row_grad * rows[LSE] if form.z_loss else of_target
-
+    row_grad, of_p, of_target = row_factors(row_grad, rows, form)
     in_place = selected is None and out.dtype == p.dtype
     gradient = torch.mul(p, of_p[:, None], out=out if in_place else p)
     if form.label_smoothing:
@@ -176,10 +181,11 @@ def dlogits(logits, target, row_grad, rows, form, out):
         )  # fmt: skip
 
 
-def loss_and_kept_dlogits(logits, target, row_scale, param, form):
+def loss_and_kept_dlogits(logits, target, row_scale, param, form, count=None):
     """Loss and gradient of the logits [1, n, V], no row of which is ignored, for an upstream gradient of 1, packed.
 
-    Returns loss [n], rows [6, n] and kept [K]: row i < K of the logits now holds the gradient of row kept[i].
+    Returns loss [n], rows [6, n], kept [K]: row i < K of the logits now holds the gradient of row kept[i]; and, as
+    numbers, what count(dlogits, target, row_scale, rows) has found out about those rows, if it is given.
     """
     x = logits[0]
     # The softmax takes the place of its logits: on a CPU it is made row by row, each read before it is written.
@@ -194,7 +200,7 @@ def loss_and_kept_dlogits(logits, target, row_scale, param, form):
         _write_gradient(packed, None, packed, None, *of_kept, form)
     else:
         dlogits(packed[None], *of_kept, form, packed[None])
-    return loss, rows, kept
+    return loss, rows, kept, count(packed, *of_kept).tolist() if count else []
 
 
 def _pack(x, kept):
@@ -209,6 +215,42 @@ def _pack(x, kept):
     for some in gaps.split(step):
         x.index_copy_(0, some, torch.index_select(x, 0, order[some], out=memory[: len(some)]))
     return order
+
+
+def class_sums(dlogits, groups):
+    """Sums of dlogits [n, V] over each group of its rows, bool [2, n], to [2, V] in float32 at least."""
+    n, V = dlogits.shape
+    groups = groups.to(compute_dtype(dlogits.dtype))
+    sums = groups.new_zeros(len(groups), V)
+    step = n if dlogits.dtype == sums.dtype else max(BLOCK_LOGITS // V, 1)
+    for some, some_groups in zip(dlogits.split(step), groups.split(step, dim=1), strict=True):
+        some = some.to(sums.dtype)
+        for of_group, group in zip(sums, some_groups, strict=True):
+            if group.any():
+                of_group.addmv_(some.t(), group)
+    return sums
+
+
+def keep_classes(dlogits, classes):
+    """Move some classes [n], in ascending order, to the front of each row of dlogits [K, V].
+
+    Returns the sums [K] of the rows over the other classes, in float32 at least.
+    """
+    K, V = dlogits.shape
+    n = len(classes)
+    step = max(BLOCK_LOGITS // V, 1)
+    others = torch.ones(V, dtype=compute_dtype(dlogits.dtype), device=dlogits.device).index_fill_(0, classes, 0)
+    sums = others.new_empty(K)
+    memory = dlogits.new_empty(min(step, K), n)
+    for some, some_sums in zip(dlogits.split(step), sums.split(step), strict=True):
+        torch.mv(some.to(sums.dtype), others, out=some_sums)
+        some[:, :n] = torch.gather(some, 1, classes.expand(len(some), n), out=memory[: len(some)])
+    return sums
+
+
+def add_rows(total, rows, addend):
+    """total[rows] += addend, for rows [n] that differ and addend [n, D] in the dtype of the total."""
+    total.index_add_(0, rows, addend)
 
 
 def scale_(dlogits, factor):

@@ -10,6 +10,8 @@ from . import kernels, stats
 WARP = 32  # threads
 LOGITS_PER_THREAD = 32
 COPY_V, COPY_WARPS = 4096, 4
+SUMMED_ROWS, SUMMED_V = 512, 1024
+ADDED_D = 1024
 
 
 def serves(device):
@@ -171,23 +173,71 @@ def loss_and_dlogits(logits, target, row_scale, param, form, out, fill=True):
     return loss, rows
 
 
-def loss_and_kept_dlogits(logits, target, row_scale, param, form):
+def loss_and_kept_dlogits(logits, target, row_scale, param, form, count=None):
     """`loss_and_dlogits` over the logits [1, n, V] of a buffer of rows, no row of which is ignored, packed.
 
-    Returns loss [n], rows [6, n] and kept [K]: row i < K of the logits now holds the gradient of row kept[i].
+    Returns loss [n], rows [6, n], kept [K]: row i < K of the logits now holds the gradient of row kept[i]; and, as
+    numbers, what count(dlogits, target, row_scale, rows) has found out about the kept rows, if it is given: the
+    gradients are not packed yet when it looks, and the others hold anything.
     """
     loss, rows = loss_and_dlogits(logits, target, row_scale, param, form, logits, fill=False)
     is_kept = rows[stats.COEF] != 0
-    kept = is_kept.nonzero().squeeze(1)  # here the host waits, to learn K
+    # In either case here the host waits, to learn K.
+    if count is None:
+        kept, counted = is_kept.nonzero().squeeze(1), []
+    else:
+        counts = count(logits[0], target, row_scale, rows)
+        K, *counted = torch.cat([is_kept.sum()[None], counts]).tolist()
+        kept = is_kept.byte().sort(stable=True, descending=True).indices[:K]
     K = len(kept)
     if K in (0, len(is_kept)):
-        return loss, rows, kept
+        return loss, rows, kept, counted
     # The first K rows have as many gaps as there are kept rows behind them: gap h takes the h-th from the end.
     gap = is_kept[:K].logical_not().cumsum(0)
     source = torch.where(is_kept[:K], torch.arange(K, device=gap.device), kept[-gap])
     with _device(logits):
         kernels.move_rows_kernel[(K,)](logits, source, logits.stride(1), BLOCK_V=COPY_V, **_launch_options(COPY_WARPS))
-    return loss, rows, source
+    return loss, rows, source, counted
+
+
+def class_sums(dlogits, groups):
+    """Sums of dlogits [n, V] over each group of its rows, bool [2, n], to [2, V] in float32."""
+    n, V = dlogits.shape
+    n_parts = -(-n // SUMMED_ROWS)
+    sums = torch.empty(n_parts, 2, V, dtype=torch.float32, device=dlogits.device)
+    signs = groups[0].to(torch.int8) - groups[1].to(torch.int8)
+    if n:
+        with _device(dlogits):
+            kernels.class_sums_kernel[(-(-V // SUMMED_V), n_parts)](
+                dlogits, signs, sums, dlogits.stride(0), n, V,
+                N_ROWS=SUMMED_ROWS, BLOCK_V=SUMMED_V, **_launch_options(COPY_WARPS),
+            )  # fmt: skip
+    return sums.sum(0)
+
+
+def keep_classes(dlogits, classes):
+    """Move some classes [n], in ascending order, to the front of each row of dlogits [K, V].
+
+    Returns the sums [K] of the rows over the other classes, in float32.
+    """
+    K, V = dlogits.shape
+    place = torch.full((V,), -1, dtype=torch.int32, device=dlogits.device)
+    place[classes] = torch.arange(len(classes), dtype=torch.int32, device=dlogits.device)
+    sums = torch.empty(K, dtype=torch.float32, device=dlogits.device)
+    with _device(dlogits):
+        kernels.keep_classes_kernel[(K,)](
+            dlogits, place, sums, dlogits.stride(0), V, BLOCK_V=COPY_V, **_launch_options(2 * COPY_WARPS)
+        )
+    return sums
+
+
+def add_rows(total, rows, addend):
+    """total[rows] += addend, for rows [n] that differ and addend [n, D] in the dtype of the total."""
+    n, D = addend.shape
+    with _device(total):
+        kernels.add_rows_kernel[(n,)](
+            total, rows, addend, total.stride(0), D, BLOCK_D=ADDED_D, **_launch_options(COPY_WARPS)
+        )
 
 
 def scale_(dlogits, factor):

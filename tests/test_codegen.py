@@ -67,12 +67,12 @@ ON_A_SLOW_PROCESSOR = """if True:
     import sys
     import torch
     from benchmarks.codegen import compiled
-    from tce_kernels import linear
+    from tce_kernels import head
 
     every = compiled.cases
     compiled.cases = lambda *options: [case for case in every(*options) if case.path == compiled.LINEAR]
     with torch.backends.mkldnn.flags(enabled=False):
-        assert linear._supported(torch.float16, torch.device("cpu")) == torch.float32
+        assert head.supported(torch.float16, torch.device("cpu")) == torch.float32
         sys.argv = ["compiled", *compiled.ARGUMENTS["sm_90"]]
         compiled.main()
 """

@@ -28,7 +28,7 @@ from cases import (
 )
 
 import tce_kernels
-from tce_kernels import linear
+from tce_kernels import gradients, head, linear
 from tce_kernels.options import LogitsOptions, Truncated
 
 N, D, V = 9, 8, 71
@@ -111,7 +111,7 @@ def test_gradients_are_as_exact_as_pytorch_s_own(backend, share, dtype, device):
 
 @pytest.mark.parametrize("backend", FAST)
 def test_a_wide_accumulator_beats_a_narrow_one(backend, device, monkeypatch):
-    monkeypatch.setattr(linear, "_supported", lambda dtype, device: dtype)  # on every processor
+    monkeypatch.setattr(head, "supported", lambda dtype, device: dtype)  # on every processor
     inputs = make_linear_inputs(256, 16, 50, torch.bfloat16, device, confident=0.0)
     double = [tensor.double() for tensor in inputs[:3]]
     _, exact = linear_loss_and_gradients(linear_truncated, *double, inputs[3], backend="reference")
@@ -136,14 +136,14 @@ def test_accumulating_inside_a_matmul(backend, device, monkeypatch):
             assert out is total and total.dtype == out_dtype == torch.float32
             return addmm(total, a.float(), b.float(), beta=beta, out=out)
 
-        monkeypatch.setattr(linear, "_adds_inside", lambda *_: True)
+        monkeypatch.setattr(head, "adds_inside", lambda *_: True)
         monkeypatch.setattr(torch, "addmm", lambda *a, **k: (stand_in if "out_dtype" in k else addmm)(*a, **k))
     assert_linear_matches_reference(linear_truncated, *inputs, backend=backend, chunk_size=2)
 
 
 def test_processors_without_16_bit_matmuls(monkeypatch):
     """float32 matmuls from 16-bit tensors: logits are not rounded at all, gradients once."""
-    monkeypatch.setattr(linear, "_supported", lambda dtype, device: torch.promote_types(dtype, torch.float32))
+    monkeypatch.setattr(head, "supported", lambda dtype, device: torch.promote_types(dtype, torch.float32))
     for dtype in (torch.bfloat16, torch.float16):
         inputs = make_linear_inputs(N, D, V, dtype, "cpu")
         double = [tensor.double() for tensor in inputs[:3]]
@@ -161,7 +161,7 @@ def test_processors_without_16_bit_matmuls(monkeypatch):
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}])
 def test_autocast_on_processors_without_16_bit_matmuls(options, monkeypatch):
-    monkeypatch.setattr(linear, "_supported", lambda dtype, device: torch.promote_types(dtype, torch.float32))
+    monkeypatch.setattr(head, "supported", lambda dtype, device: torch.promote_types(dtype, torch.float32))
     inputs = make_linear_inputs(N, D, V, torch.float32, "cpu")
     want = linear_loss_and_gradients(linear_truncated, *inputs, chunk_size=4, **options)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -173,10 +173,10 @@ def test_autocast_on_processors_without_16_bit_matmuls(options, monkeypatch):
 
 def test_which_processors_multiply_16_bits():
     with torch.backends.mkldnn.flags(enabled=False):
-        assert linear._supported(torch.bfloat16, torch.device("cpu")) == torch.float32
+        assert head.supported(torch.bfloat16, torch.device("cpu")) == torch.float32
     for dtype in (torch.float32, torch.float64):
-        assert linear._supported(dtype, torch.device("cpu")) == dtype
-    assert linear._supported(torch.float16, torch.device("cuda")) == torch.float16
+        assert head.supported(dtype, torch.device("cpu")) == dtype
+    assert head.supported(torch.float16, torch.device("cuda")) == torch.float16
 
 
 def kept_rows(inputs):
@@ -187,7 +187,7 @@ def kept_rows(inputs):
 def count_rows(monkeypatch):
     """How many rows go through the forward matmul, and through each of the backward matmuls."""
     counts = {"forward": [], "backward": []}
-    write_logits, add = linear._Head.write_logits, linear._Gradients.add
+    write_logits, add = head.Head.write_logits, gradients.Gradients.add
 
     def counted_logits(self, rows, out):
         counts["forward"].append(len(rows))
@@ -198,8 +198,8 @@ def count_rows(monkeypatch):
         assert len(dlogits) == len(rows)
         add(self, dlogits, rows)
 
-    monkeypatch.setattr(linear._Head, "write_logits", counted_logits)
-    monkeypatch.setattr(linear._Gradients, "add", counted_add)
+    monkeypatch.setattr(head.Head, "write_logits", counted_logits)
+    monkeypatch.setattr(gradients.Gradients, "add", counted_add)
     return counts
 
 
@@ -411,7 +411,7 @@ def test_gradients_of_float32_parameters_are_not_rounded_to_16_bits(backend, red
 @pytest.mark.parametrize("backend", FAST)
 def test_small_gradients_survive_a_large_denominator(backend, dtype, device, monkeypatch):
     """1 / 2^17 is subnormal in float16; a gradient scaler's factor brings it back only if it was not rounded before."""
-    monkeypatch.setattr(linear, "_supported", lambda dtype, device: dtype)
+    monkeypatch.setattr(head, "supported", lambda dtype, device: dtype)
     input, weight, bias, target = make_linear_inputs(48, 16, 50, dtype, device, confident=0.0)
     tensors = [tensor.requires_grad_() for tensor in (input, weight, bias)]
     double = [tensor.detach().double().requires_grad_() for tensor in tensors]
@@ -449,7 +449,7 @@ def test_memory_is_that_of_a_chunk(options, dtype, share):
     run()
     beyond = memory_beyond(run)
     accumulator = weight.numel() * 4 if dtype != torch.float32 else 0
-    in_float32 = linear._supported(dtype, torch.device("cpu")) != dtype  # no fast 16-bit matmuls: copies of the weight
+    in_float32 = head.supported(dtype, torch.device("cpu")) != dtype  # no fast 16-bit matmuls: copies of the weight
     logit_bytes = 4 if in_float32 else dtype.itemsize
     copies = weight.numel() * 4 if in_float32 else 0
     assert beyond - accumulator - copies <= 2 * chunk_size * vocabulary * logit_bytes + 10e6
@@ -468,21 +468,26 @@ def test_gradients_are_scaled_where_they_are(backend, device, monkeypatch):
 @pytest.mark.parametrize("backend, padding", [("torch", 0), pytest.param("triton", 9, marks=needs_triton)])
 def test_rows_of_a_chunk_on_a_cpu(backend, padding, monkeypatch):
     """PyTorch's operations get rows without gaps. A matmul may read what pads Triton's, and counts on numbers there."""
-    seen, add = [], linear._Gradients.add
+    seen, add = [], gradients.Gradients.add
 
     def look(self, dlogits, rows):
         seen.append(dlogits.as_strided((len(dlogits), dlogits.stride(0) - V), dlogits.stride(), V).clone())
         add(self, dlogits, rows)
 
-    monkeypatch.setattr(linear._Gradients, "add", look)
+    monkeypatch.setattr(gradients.Gradients, "add", look)
     linear_loss_and_gradients(linear_truncated, *make_linear_inputs(N, D, V, torch.bfloat16, "cpu"), backend=backend)
     assert seen and all(some.shape[1] == padding and (some == 0).all() for some in seen)
 
 
 def test_chunk_sizes_of_auto():
-    for vocabulary, dtype, rows in [(32000, 2, 8388), (128256, 2, 2092), (262144, 2, 2048), (262144, 4, 2048)]:
-        assert linear.auto_chunk_size(vocabulary, dtype, on_cpu=False) == rows
-    assert linear.auto_chunk_size(49152, 4, on_cpu=True) == 1024
+    """On a GPU: whole tiles of at most 4096 rows or 1 GiB of logits, and no chunk that is a sliver."""
+    for N, vocabulary, itemsize, rows in [
+        (10**5, 32000, 2, 14336), (10**5, 128256, 2, 4096), (10**5, 262144, 4, 4096), (16384, 32000, 2, 16384),
+        (8192, 128256, 2, 4096), (8400, 128256, 2, 3072), (17000, 32000, 2, 9216), (500, 32000, 2, 1024),
+        (0, 9, 2, 1024),
+    ]:  # fmt: skip
+        assert head.auto_chunk_size(N, vocabulary, itemsize, on_cpu=False) == rows
+    assert head.auto_chunk_size(10**5, 49152, 4, on_cpu=True) == 1024
 
 
 @needs_triton
@@ -500,7 +505,7 @@ def test_triton_packs_the_kept_rows(kept, device):
         form = LogitsOptions(rule=Truncated()).form()
         out = torch.empty_like(logits)
         loss, rows = triton_ops.loss_and_dlogits(logits, target, scale, param, form, out)
-        packed_loss, packed_rows, order = triton_ops.loss_and_kept_dlogits(logits, target, scale, param, form)
+        packed_loss, packed_rows, order, _ = triton_ops.loss_and_kept_dlogits(logits, target, scale, param, form)
         assert torch.equal(order.sort().values, scale.nonzero().squeeze(1))
         assert torch.equal(logits[0, :kept], out[0, order])
         assert torch.equal(packed_loss, loss)
@@ -665,7 +670,7 @@ def test_operators_pass_opcheck(backend, device):
     row_scale = torch.rand(2, 3, device=device)
     param = torch.tensor(-0.5, device=device)
     form = ("truncated", 1.0, -100, 0.1, 0.2, 5.0, 1.5)
-    chunks = (2, torch.float32, torch.bfloat16, backend)
+    chunks = (2, torch.float32, 0.0, torch.bfloat16, backend)
     operators = torch.ops.tce_kernels
     for needs in ([True] * 3, [False, True, False], [False] * 3):
         arguments = (input, weight, bias, target, row_scale, param, *form, *chunks, needs)

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 import tce_kernels
-from tce_kernels import kernels, linear, stats, triton_ops
+from tce_kernels import head, kernels, stats, triton_ops
 
 from .cases import EVALUATION, LINEAR, RETAINED, Case, cases
 from .devices import DEVICES
@@ -114,7 +114,7 @@ def stand_in(target: GPUTarget, name: str, liger: bool) -> None:
     device = next(device for device in DEVICES if device.target == name)
     triton_ops.serves = lambda device: True
     # The dtype of the linear path's matmuls as on a GPU, whatever the processor here multiplies fast.
-    linear._supported = lambda dtype, device: dtype
+    head.supported = lambda dtype, device: dtype
     triton_ops._device_figures = lambda _: (device.multiprocessors, device.cache_mib * 2**20)
     modules = [kernels]
     if liger:

@@ -1,0 +1,203 @@
+"""The gradients of the linear path: totals over chunks of rows, from all classes or from those of the largest mass.
+
+With a gradient tolerance the classes that together hold at most that share of the absolute mass of G, the gradient
+[K, V] of the logits of the K rows that come together, take no part in the matmuls. They are not dropped, which would
+bias the gradient, but stand in as the product of their marginals: G[i, j] is taken for m[i] q[j], with m the sums of
+the rows over those classes and q the shares that the classes have in the sum of all m. Sums of rows and of columns stay
+what they are. Such a tail has rank one, and all tails of a call go through two small matmuls at its end.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .head import Head, add_product
+from .layout import shaped
+from .options import Form
+from .torch_ops import row_factors
+
+# Where more of the classes than this are left, all of them take part, which is then quicker.
+DENSE_ABOVE = 0.7
+TILE_CLASSES = 64  # of which the number of classes is a multiple, so that rows start and end where matmuls like it
+TAIL_SCALE = 256  # of shares of about 1 / V, so that they are no subnormal numbers in float16
+
+
+class Gradients:
+    """Gradients of input [N, D], weight [V, D] and bias [V], those that are needed; the others stay empty."""
+
+    count = None  # what a chunk could tell the host besides its kept rows: nothing
+
+    def __init__(self, head: Head, needs: Sequence[bool], accumulate_dtype: torch.dtype):
+        self.head = head
+        self.needs_input, self.needs_weight, self.needs_bias = needs
+        V = len(head.weight)
+        total_dtype = torch.promote_types(accumulate_dtype, head.dtype)
+        self.input = head.input.new_zeros(head.input.shape if self.needs_input else 0, dtype=head.dtype)
+        self.weight = head.weight.new_empty(head.weight.shape if self.needs_weight else 0, dtype=total_dtype)
+        self.bias = head.weight.new_zeros(V if self.needs_bias else 0, dtype=total_dtype)
+        self.beta = 0  # the first product is written, not added, so the weight's total starts uninitialised
+
+    def learn(self) -> None:
+        pass
+
+    def add(self, dlogits: Tensor, rows: Tensor) -> None:
+        """Take in the gradients of the logits [K, V] of some rows [K]."""
+        if self.needs_input:
+            self.input[rows] = torch.mm(dlogits, self.head.weight)
+        if self.needs_weight:
+            add_product(self.weight, dlogits.t(), self.head.inputs(rows), self.beta)
+            self.beta = 1
+        if self.needs_bias:
+            self.bias += dlogits.sum(0, dtype=self.bias.dtype)
+
+    def finished(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+        if self.beta == 0:
+            self.weight.zero_()
+        return shaped(self.input, shape if self.needs_input else (0,)), self.weight, self.bias
+
+    def class_fraction(self) -> float:
+        """Mean share of the classes that took part, over the rows that did."""
+        return 1.0
+
+
+class _Tail(NamedTuple):
+    rows: Tensor  # [K]
+    row_sums: Tensor  # [K], m
+    shares: Tensor  # [V], q
+
+
+class GradientsOfHeaviestClasses(Gradients):
+    """From all but the classes that hold `tolerance` of the mass; row_grad [N] and rows [6, N] are as in `dlogits`.
+
+    For gradients whose entries, those of targets and the constant of label smoothing aside, have one sign in each row:
+    all but those of smoothed targets under a softcap.
+    """
+
+    def __init__(
+        self, head: Head, needs: Sequence[bool], accumulate_dtype: torch.dtype, tolerance: float,
+        row_operations: ModuleType, form: Form, row_grad: Tensor, rows: Tensor,
+    ):  # fmt: skip
+        super().__init__(head, needs, accumulate_dtype)
+        self.tolerance, self.row_operations, self.form = tolerance, row_operations, form
+        self.row_grad, self.rows = row_grad, rows
+        self.tails: list[_Tail] = []
+        self.n_rows = self.n_products = 0
+        self._wait_for_rows()
+
+    def _wait_for_rows(self) -> None:
+        V = len(self.head.weight)
+        # By the sign that a row's gradient has apart from its target: sums over the rows, and of their constants. One
+        # tail for both signs would divide by a sum that is next to 0.
+        self.sums = self.row_grad.new_zeros(2, V)
+        self.sums_of_ones = self.row_grad.new_zeros(2)
+        self.mass_of_targets = self.row_grad.new_zeros(())  # beyond what the sums have of it
+        self.is_target = self.row_grad.new_zeros(V + 1, dtype=torch.bool)
+        self.n_negative = self.row_grad.new_zeros((), dtype=torch.int64)
+
+    def count(self, dlogits: Tensor, target: Tensor, row_grad: Tensor, rows: Tensor) -> Tensor:
+        """Take in the masses of dlogits [n, V], whose dropped rows may hold anything.
+
+        Returns how many classes could be left out, and how many rows are negative, of those that wait: int64 [2].
+        """
+        n, V = dlogits.shape
+        _, of_p, of_target = row_factors(row_grad, rows, self.form)
+        live, negative = of_target != 0, of_p < 0
+        of_ones = of_target * (self.form.label_smoothing / V)
+        groups = torch.stack([live & ~negative, live & negative])
+        self.sums += self.row_operations.class_sums(dlogits, groups)
+        self.sums_of_ones += torch.where(groups, of_ones, 0).sum(1)
+        self.n_negative += groups[1].sum()
+
+        # Targets take part whatever their mass is, of which the sums above have the wrong sign.
+        index = torch.where(live & (target >= 0) & (target < V), target, V)
+        self.is_target[index] = True
+        entry = dlogits[torch.arange(n, device=index.device), index.clamp(max=V - 1)] + of_ones
+        mass = torch.where(negative, entry.abs() + entry, entry.abs() - entry)
+        self.mass_of_targets += torch.where(live, mass, 0).sum()
+
+        positive_sums, negative_sums = self.sums + self.sums_of_ones[:, None]
+        masses = positive_sums - negative_sums
+        total = masses.sum() + self.mass_of_targets
+        masses, self.order = masses.masked_fill(self.is_target[:V], torch.inf).sort()
+        n_left_out = (masses.cumsum(0) <= self.tolerance * total).sum()
+        return torch.stack([n_left_out, self.n_negative])
+
+    def learn(self, n_left_out: int, n_negative: int) -> None:
+        """What `count` counted, as the host knows it."""
+        V = len(self.head.weight)
+        self.n_classes = min(-(-(V - n_left_out) // TILE_CLASSES) * TILE_CLASSES, V)
+        self.has_negative = n_negative > 0
+
+    def add(self, dlogits: Tensor, rows: Tensor) -> None:
+        K, V = dlogits.shape
+        if self.n_classes > DENSE_ABOVE * V:
+            self.n_classes = V
+            super().add(dlogits, rows)
+        else:
+            self._add_classes(dlogits, rows)
+        self.n_rows += K
+        self.n_products += K * self.n_classes
+        self._wait_for_rows()
+
+    def _add_classes(self, dlogits: Tensor, rows: Tensor) -> None:
+        n_left_out = dlogits.shape[1] - self.n_classes
+        classes = self.order[n_left_out:].sort().values
+        if self.needs_bias:
+            self.bias += self.sums.sum(0)
+        row_sums = self.row_operations.keep_classes(dlogits, classes)
+        dlogits = dlogits[:, : self.n_classes]
+        if self.needs_input:
+            self.input[rows] = torch.mm(dlogits, self.head.weight[classes])
+        if self.needs_weight:
+            if self.beta == 0:
+                self.weight.zero_()
+                self.beta = 1
+            product = self.weight.new_empty(self.n_classes, self.weight.shape[1])
+            add_product(product, dlogits.t(), self.head.inputs(rows), beta=0)
+            self.row_operations.add_rows(self.weight, classes, product)
+        if self.needs_input or self.needs_weight:
+            self._leave_to_tails(rows, row_sums, classes, n_left_out)
+
+    def _leave_to_tails(self, rows: Tensor, row_sums: Tensor, classes: Tensor, n_left_out: int) -> None:
+        """The marginals of dlogits over the classes left out, of which row_sums [K] are the one."""
+        _, of_p, of_target = row_factors(self.row_grad[rows], self.rows[:, rows], self.form)
+        sums = self.sums
+        if self.form.label_smoothing:  # the constant has rank one by itself
+            of_ones = of_target * (self.form.label_smoothing / sums.shape[1])
+            row_sums, sums = row_sums + of_ones * n_left_out, sums + self.sums_of_ones[:, None]
+            self.tails.append(_Tail(rows, -of_ones, torch.ones_like(sums[0]).index_fill(0, classes, 0)))
+        sums = sums.index_fill(1, classes, 0)
+        negative = of_p < 0
+        for of_sign, group in zip(sums, (~negative, negative) if self.has_negative else (~negative,), strict=False):
+            total = of_sign.sum()
+            shares = of_sign / torch.where(total == 0, 1, total)
+            self.tails.append(_Tail(rows, torch.where(group, row_sums, 0), shares))
+
+    def finished(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+        if self.tails:
+            shares = torch.stack([tail.shares for tail in self.tails])
+            if self.needs_input:
+                self._add_tails_to_input(shares)
+            if self.needs_weight:
+                self._add_tails_to_weight(shares)
+        return super().finished(shape)
+
+    def _add_tails_to_input(self, shares: Tensor) -> None:
+        products = torch.mm((TAIL_SCALE * shares).to(self.head.dtype), self.head.weight).to(shares.dtype) / TAIL_SCALE
+        for tail, product in zip(self.tails, products, strict=True):
+            self.input[tail.rows] += (tail.row_sums[:, None] * product).to(self.input.dtype)
+
+    def _add_tails_to_weight(self, shares: Tensor) -> None:
+        inputs = [tail.row_sums @ self.head.inputs(tail.rows).to(shares.dtype) for tail in self.tails]
+        inputs = torch.stack(inputs)
+        if self.weight.dtype == shares.dtype:
+            self.weight.addmm_(shares.t(), inputs)
+        else:
+            for some, some_shares in zip(self.weight.split(4096), shares.t().split(4096), strict=True):
+                some += (some_shares @ inputs).to(some.dtype)
+
+    def class_fraction(self) -> float:
+        return self.n_products / (self.n_rows * len(self.head.weight)) if self.n_rows else 1.0
