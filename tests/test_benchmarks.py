@@ -258,7 +258,7 @@ def test_the_report_of_a_gpu(timing, device, tmp_path, monkeypatch, capsys):
     assert report_of(timing, device, tmp_path, monkeypatch, cases) == 0
     page = (tmp_path / "report.md").read_text()
     assert "2 of 2 cases agree" in page and "![loss and gradient: time and memory](logits.png)" in page
-    assert page in capsys.readouterr().out + "\n"
+    assert page in capsys.readouterr().out
     _, rows = timing.report.load(tmp_path / "logits.csv")
     assert {row["V"] for row in rows} == {300, 500}
     assert ("host ms" in page) == (device.type == "cuda")

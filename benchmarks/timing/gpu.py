@@ -75,7 +75,9 @@ def write(device: torch.device, backend: str, to_check: list[correctness.Case], 
     with tqdm(to_check, desc="correctness", unit="case", leave=False) as progress:
         wrong = correctness.failures(progress, device, backend)
     print(*wrong, sep="\n", end="\n" if wrong else "")
-    verdict = f"{len(to_check) - len(wrong)} of {len(to_check)} cases agree with the reference in float64."
+    seconds = time.perf_counter() - start
+    agree = len(to_check) - len(wrong)
+    verdict = f"{agree} of {len(to_check)} cases agree with the reference in float64 ({seconds:.0f} s)."
     if wrong:
         print(f"{verdict} Nothing is measured.")
         return 1
