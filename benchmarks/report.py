@@ -20,10 +20,11 @@ def default_device() -> torch.device:
 
 
 def describe(device: torch.device) -> str:
-    """One line: device, versions, threads, commit. A figure without it means nothing."""
+    """One line: device, versions, threads, precision, commit. A figure without it means nothing."""
     return (
         f"{_device_name(device)} | Python {platform.python_version()}, torch {torch.__version__}, "
-        f"triton {version('triton') or 'not installed'} | {torch.get_num_threads()} threads | commit {commit()}"
+        f"triton {version('triton') or 'not installed'} | {torch.get_num_threads()} threads | "
+        f"float32 matmuls: {torch.get_float32_matmul_precision()} precision | commit {commit()}"
     )
 
 

@@ -135,6 +135,15 @@ def error_of(tensor, exact):
     return ((tensor.double() - exact).norm() / torch.where(norm == 0, 1, norm)).item()
 
 
+def assert_inductor_gives(got, want):
+    """The bits of eager mode on a CPU. On a GPU TorchInductor may divide otherwise, a bit off, before the rounding."""
+    if got.is_cuda:
+        assert got.dtype == want.dtype
+        assert error_of(got, want) <= max(1e-6, torch.finfo(want.dtype).eps)
+    else:
+        assert torch.equal(got, want)
+
+
 def assert_linear_matches_reference(loss, input, weight, bias, target, /, *, backend, **options):
     """Loss and gradients against the reference in float64, which sees the very same tensors and options."""
     value, gradients = linear_loss_and_gradients(loss, input, weight, bias, target, backend=backend, **options)

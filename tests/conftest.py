@@ -9,8 +9,13 @@ import pytest
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if WORKER:
     os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported: the workers share the cores
+# Of cuBLAS: without the first every matmul warns in deterministic mode, with the second float32 matmuls are rounded.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.pop("NVIDIA_TF32_OVERRIDE", None)
 
-import torch  # noqa: E402 - after the number of its threads
+import torch  # noqa: E402 - after what is read when it is imported
+
+torch.set_float32_matmul_precision("highest")  # some containers lower it by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when a kernel is defined, so before any import of it
@@ -21,6 +26,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def pytest_make_parametrize_id(val):
     """Readable, and the same in every process: the text of a function holds its address."""
     return getattr(val, "__name__", None) or str(val)
+
+
+def pytest_report_header():
+    if not importlib.util.find_spec("triton"):
+        return 'The Triton kernels are left out, triton is not installed: pip install -e ".[triton]"'
+    return f"The Triton kernels run {'on the GPU' if DEVICE == 'cuda' else 'in the interpreter, on the CPU'}"
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,13 +1,30 @@
 """What the benchmarks conclude from what they see: correct or not, launches and waits, tables, files."""
 
+import functools
+import subprocess
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks.timing import correctness, profiles
 
 SMALL = (60, 257, 1000)
+
+
+@pytest.fixture
+def timing():
+    """The modules that need more than PyTorch."""
+    for package in ("matplotlib", "tabulate", "tqdm"):
+        pytest.importorskip(package, reason="only python -m benchmarks needs it")
+    from benchmarks import report
+    from benchmarks.timing import gpu, heads, linear, logits, measure, suite
+
+    return SimpleNamespace(
+        report=report, gpu=gpu, heads=heads, linear=linear, logits=logits, measure=measure, suite=suite
+    )
 
 
 def test_core_cases_agree_with_the_reference(device):
@@ -69,6 +86,14 @@ def test_calls_are_counted_within_the_call():
     assert profiles.calls_in(events) == profiles.Calls(launches=4, waits=1, copies_to_host=1)
 
 
+def test_calls_are_counted_by_amd_s_names_too():
+    names = ["hipLaunchKernel", "hipModuleLaunchKernel", "hipExtModuleLaunchKernel", "hipGraphLaunch"]
+    names += ["hipDeviceSynchronize", "hipStreamSynchronize", "hipMemcpyWithStream", "hipStreamIsCapturing"]
+    events = [event(profiles.CALL, 0, end=50)] + [event(name, 10) for name in names]
+    events += [event("Memcpy DtoH (Device -> Host)", 20, "CUDA"), event("CopyHostToDevice", 21, "CUDA")]
+    assert profiles.calls_in(events) == profiles.Calls(launches=4, waits=2, copies_to_host=1)
+
+
 def test_a_profile_of_the_cpu_has_no_calls():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
         with torch.profiler.record_function(profiles.CALL):
@@ -76,23 +101,19 @@ def test_a_profile_of_the_cpu_has_no_calls():
     assert profiles.calls_in(profiled.events()) == (0, 0, 0)
 
 
-def test_saved_rows_come_back(tmp_path):
-    pytest.importorskip("tabulate", reason="only python -m benchmarks needs it")
-    pytest.importorskip("tqdm", reason="only python -m benchmarks needs it")
-    from benchmarks import report
-
+def test_saved_rows_come_back(timing, tmp_path):
     rows = [dict(provider="a, b", V=5, share=0.5, truncates=True), dict(provider="c", V=6, share=0.0, truncates=False)]
-    report.save(tmp_path / "rows.csv", ["where", "what"], rows)
-    assert report.load(tmp_path / "rows.csv") == (["where", "what"], rows)
+    timing.report.save(tmp_path / "rows.csv", ["where", "what"], rows)
+    assert timing.report.load(tmp_path / "rows.csv") == (["where", "what"], rows)
 
 
-def test_share_of_the_bandwidth():
-    for package in ("matplotlib", "tabulate", "tqdm"):
-        pytest.importorskip(package, reason="only python -m benchmarks needs it")
-    from benchmarks.timing import gpu
+def test_the_heading_names_the_precision_of_float32_matmuls(timing, device):
+    assert "float32 matmuls: highest precision" in timing.report.describe(device)
 
+
+def test_share_of_the_bandwidth(timing):
     row = dict(N=1000, V=2000, dtype="bfloat16", ms_p50=1.0)  # 4 MB read and 4 MB written in a millisecond: 8 GB/s
-    columns = gpu.roofline(row, gpu.Bandwidth(copy=10e9, peak=16e9))
+    columns = timing.gpu.roofline(row, timing.gpu.Bandwidth(copy=10e9, peak=16e9))
     assert columns == {"GB/s": "8", "of a copy's": "80%", "of the peak": "50%"}
 
 
@@ -115,3 +136,207 @@ def test_the_share_of_the_cache_is_varied(device, monkeypatch):
     title, table, note = gpu.share_of_cache(device, gpu.Bandwidth(1e9, None), shapes=((16, 8192),), rounds=1)
     assert grids == [(6,), (8,), (12,), (16,)] * 2
     assert triton_ops.CACHE_SHARE == chosen and str(chosen) in note
+
+
+def head(timing, device, share, seed=0):
+    *tensors, target = timing.linear.make_inputs(timing.linear.Case(60, 64, 700, torch.float32, share, 1), device)
+    if seed:
+        tensors[1].detach()[5] += 0.01
+    return *tensors, target
+
+
+def test_what_heads_have_to_give(timing, device, monkeypatch):
+    """Loss and gradients by definition, over cases of which each knows rows of the one before."""
+    monkeypatch.setattr(timing.heads, "CHECKED_CLASSES", 300)
+    monkeypatch.setattr(timing.heads, "CHECKED_LOGITS", 7 * 700)
+    reference = timing.heads.Reference()
+    for share, seed in [(0.0, 0), (0.3, 0), (0.8, 0), (0.8, 1), (0.1, 1)]:
+        inputs = head(timing, device, share, seed)
+        expected, dropped = reference(inputs)
+        assert dropped.sum() == round(share * 60)
+        x, w = (tensor.detach().double().requires_grad_() for tensor in inputs[:2])
+        losses = F.cross_entropy(F.linear(x, w), inputs[2], reduction="none")
+        for threshold, exact in expected.items():
+            loss = torch.where(dropped, 0, losses).mean() if threshold < 1 else losses.mean()
+            dinput, dweight = torch.autograd.grad(loss, (x, w), retain_graph=True)
+            assert exact.loss == pytest.approx(loss.item(), rel=1e-12)
+            torch.testing.assert_close(exact.dinput.double(), dinput, rtol=1e-6, atol=1e-12)
+            torch.testing.assert_close(exact.dweight, exact.signs.double().T @ dweight, rtol=1e-9, atol=1e-12)
+
+
+def test_rows_are_computed_once(timing, device, monkeypatch):
+    computed = []
+    loss = timing.heads.tce_kernels.truncated_cross_entropy
+
+    def counted(logits, *arguments, **options):
+        computed.append(len(logits))
+        return loss(logits, *arguments, **options)
+
+    monkeypatch.setattr(timing.heads.tce_kernels, "truncated_cross_entropy", counted)
+    reference = timing.heads.Reference()
+    for share, rows in [(0.0, 60), (0.5, 30), (0.8, 18), (0.8, 0)]:
+        computed.clear()
+        reference(head(timing, device, share))
+        assert sum(computed) == rows
+
+    def exhausted(*arguments, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(timing.heads.tce_kernels, "truncated_cross_entropy", exhausted)
+    with pytest.raises(torch.OutOfMemoryError):
+        reference(head(timing, device, 0.0))
+    monkeypatch.setattr(timing.heads.tce_kernels, "truncated_cross_entropy", counted)
+    computed.clear()
+    reference(head(timing, device, 0.0))
+    assert sum(computed) == 60
+
+
+def test_the_host_gets_ahead_before_a_run_is_timed(timing, monkeypatch):
+    """With stand-ins for a GPU whose clock makes 2 million cycles a millisecond, as the first of two sleeps tells."""
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("mark")
+
+        def elapsed_time(self, end):
+            return 0.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append(cycles))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append("wait"))
+    cache = SimpleNamespace(zero_=lambda: done.append("empty the cache"))
+    monkeypatch.setattr(timing.measure, "larger_than_cache", lambda device: cache)
+    monkeypatch.setattr(timing.measure, "cycles_per_ms", timing.measure.cycles_per_ms.__wrapped__)
+    timed = timing.measure.clocked(lambda: done.append("call"), torch.device("cuda"))
+    assert timed.ms == 0.5 and 0 <= timed.host_ms < 1000
+    assert done[done.index("empty the cache") :] == ["empty the cache", 4_000_000, "mark", "call", "mark", "wait"]
+
+
+@pytest.mark.parametrize("wrong", ["loss", "row", "class", "dropped", None])
+def test_a_wrong_head_is_found(timing, device, wrong):
+    """One row or one class among all is enough, if it weighs more than rounding."""
+    inputs = head(timing, device, 0.5)
+    expected, dropped = timing.heads.Reference()(inputs)
+    provider = timing.measure.Provider("rival", timing.heads.plain)
+    observed = timing.measure.observe(provider, inputs)
+    dinput, dweight = observed.gradients
+    if wrong == "loss":
+        observed = observed._replace(loss=1.001 * observed.loss)
+    elif wrong == "row":
+        dinput[(~dropped).nonzero()[3]] *= 1.01
+    elif wrong == "class":
+        dweight[inputs[2][~dropped][3]] *= 1.01
+    elif wrong == "dropped":
+        dinput[dropped.nonzero()[0], 0] = 1e-9
+    check = functools.partial(timing.heads.check, provider, observed, expected[timing.suite.THRESHOLD], dropped)
+    if wrong:
+        with pytest.raises(timing.measure.Inexact):
+            check()
+    else:
+        check()
+
+
+def test_no_gradient_outlives_its_check(timing, device):
+    """Or the next provider would have less memory."""
+    kept = []
+
+    def rival(x, target):
+        assert not any(gradient() is not None for gradient in kept)
+        return x.square().sum()
+
+    def check(provider, observed):
+        kept.append(weakref.ref(observed.gradients[0]))
+        if provider.chunk == 2:
+            raise timing.measure.Inexact("on purpose")
+
+    sizes = [timing.measure.Provider("rival", rival, chunk=chunk) for chunk in (1, 2, 3)]
+    inputs = torch.ones(5, device=device, requires_grad=True), torch.zeros(5, device=device)
+    with timing.measure.tqdm(disable=True) as progress:
+        admitted, _ = timing.measure.admit(sizes, inputs, check, False, float("inf"), progress)
+    assert admitted.name == "rival" and len(kept) == 3
+
+
+TINY = dict(N=40, V=300, dtype=torch.float32, share=0.5, rounds=2)
+
+
+def report_of(timing, device, folder, monkeypatch, cases, providers=None):
+    """What `--gpu-report` does on a GPU, with a few small cases; the page, which is there whatever ends it."""
+    monkeypatch.setattr(timing.gpu, "copy_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(timing.logits, "compiles", lambda device: False)
+    monkeypatch.setattr(timing.gpu.report, "announce", print)
+    tested = timing.logits.SUITE._replace(**dict(providers=providers) if providers else {})
+    parts = [timing.gpu.Part(tested, cases, 1e9)]
+    backend = "triton" if device.type == "cuda" else "torch"
+    return timing.gpu.write(device, backend, correctness.cases(SMALL)[:2], parts, folder)
+
+
+def test_the_report_of_a_gpu(timing, device, tmp_path, monkeypatch, capsys):
+    cases = [timing.logits.Case(**TINY | dict(V=V)) for V in (300, 500)]
+    assert report_of(timing, device, tmp_path, monkeypatch, cases) == 0
+    page = (tmp_path / "report.md").read_text()
+    assert "2 of 2 cases agree" in page and "![loss and gradient: time and memory](logits.png)" in page
+    assert page in capsys.readouterr().out
+    _, rows = timing.report.load(tmp_path / "logits.csv")
+    assert {row["V"] for row in rows} == {300, 500}
+    assert ("host ms" in page) == (device.type == "cuda")
+
+
+def test_what_ends_the_report_does_not_take_the_page_along(timing, device, tmp_path, monkeypatch):
+    """As a rival does that leaves the GPU unusable, in the second of three cases."""
+    poisoned = []
+
+    def ours(logits, target):
+        if poisoned:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return timing.logits.ours(logits, target)
+
+    def rival(logits, target):
+        if logits.shape[1] == 301:
+            poisoned.append(True)
+        return timing.logits.plain_truncated(logits, target)
+
+    def providers(case, device, quick):
+        copy = timing.logits.providers(case, device, quick)[-1]
+        return [[timing.measure.Provider(timing.measure.OURS, ours)], [timing.measure.Provider("rival", rival)], copy]
+
+    cases = [timing.logits.Case(**TINY | dict(V=V)) for V in (300, 301, 302)]
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        report_of(timing, device, tmp_path, monkeypatch, cases, providers)
+    page = (tmp_path / "report.md").read_text()
+    assert "## loss and gradient" in page and "rival" in page
+    assert [row["V"] for row in timing.report.load(tmp_path / "logits.csv")[1]] == [300] * 3
+
+
+def test_a_gpu_too_small_for_the_first_case_is_measured_in_the_others(timing, device, tmp_path, monkeypatch):
+    def make_inputs(case, device):
+        if case.V == 300:
+            raise torch.OutOfMemoryError
+        return timing.logits.make_inputs(case, device)
+
+    monkeypatch.setattr(timing.logits, "SUITE", timing.logits.SUITE._replace(make_inputs=make_inputs))
+    cases = [timing.logits.Case(**TINY | dict(V=V)) for V in (300, 301)]
+    assert report_of(timing, device, tmp_path, monkeypatch, cases) == 0
+    assert {row["V"] for row in timing.report.load(tmp_path / "logits.csv")[1]} == {301}
+
+
+def test_a_launch_that_fails_is_told_in_a_line(timing, device, tmp_path, monkeypatch, capsys):
+    def loss(*arguments, **options):
+        raise subprocess.CalledProcessError(1, ["/usr/bin/gcc", *["a page of options"] * 1000])
+
+    monkeypatch.setattr(timing.gpu.tce_kernels, "truncated_cross_entropy", loss)
+    assert report_of(timing, device, tmp_path, monkeypatch, [timing.logits.Case(**TINY)]) == 1
+    _, line = capsys.readouterr().out.splitlines()
+    assert "CalledProcessError" in line and "python3-dev" in line and len(line) < 600
+    assert not list(tmp_path.iterdir())
+
+
+def test_rounded_float32_matmuls_are_refused(timing, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(timing.gpu, "write", lambda *arguments: pytest.fail("begun"))
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    assert timing.gpu.main() == 1
+    assert capsys.readouterr().out.startswith("NVIDIA_TF32_OVERRIDE=1")

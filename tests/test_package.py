@@ -49,8 +49,8 @@ BENCHMARKS = {
     "timing.linear": {"timing.heads", "timing.measure", "timing.suite"},
     "timing.correctness": set(),
     "timing.gpu": {
-        "report", "timing.correctness", "timing.linear", "timing.logits", "timing.measure", "timing.profiles",
-        "timing.suite",
+        "report", "timing.correctness", "timing.linear", "timing.logits", "timing.measure", "timing.peers",
+        "timing.profiles", "timing.suite",
     },
     "timing.bench_losses": {"timing.heads", "timing.linear", "timing.logits", "timing.measure"},
     "codegen.devices": set(),
@@ -149,6 +149,16 @@ def test_without_triton():
     assert done.returncode == 0, done.stderr
     assert "backend='triton' needs the package triton" in done.stdout
     assert "pass backend='torch'" in done.stdout
+
+
+def test_installing_does_not_bring_a_triton():
+    """Which would overwrite the one that torch has brought, if that is AMD's: only two extras that say so do."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 has it")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = (
+        project["dependencies"] + project["optional-dependencies"]["test"] + project["optional-dependencies"]["bench"]
+    )
+    assert not {"triton", "liger-kernel", "cut-cross-entropy"} & {re.match(r"[\w-]+", name)[0] for name in needed}
 
 
 @needs_triton

@@ -79,7 +79,7 @@ def failures(todo: Iterable[Case], device: torch.device, backend: str) -> list[s
 
 
 def make_targets(N: int, V: int, generator: torch.Generator) -> Tensor:
-    target = torch.randint(V, (N,), generator=generator)
+    target = torch.randint(V, (N,), generator=generator, device=generator.device)
     target[0], target[-1] = 0, V - 1
     target[2::4] = -100
     return target
@@ -87,15 +87,15 @@ def make_targets(N: int, V: int, generator: torch.Generator) -> Tensor:
 
 def compare(case: Case, device: torch.device, backend: str) -> str | None:
     """What is wrong with a loss of given logits, whose targets range from lost to confident."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     N = case.N
-    values = 2 * torch.randn(N, case.V, generator=generator)
+    values = 2 * torch.randn(N, case.V, generator=generator, device=device)
     target = make_targets(N, case.V, generator)
     # The last is e^2 times as likely as all others together. Were it more, 1 - p and the sum of the others' small
     # terms would be lost in float32, in every implementation.
-    values[torch.arange(N), target.clamp(min=0)] = torch.linspace(-4, math.log(case.V) + 4, N)
+    rows = torch.arange(N, device=device)
+    values[rows, target.clamp(min=0)] = torch.linspace(-4, math.log(case.V) + 4, N, device=device)
     logits = torch.empty(N, case.V + 5 * case.strided, dtype=case.dtype, device=device)[:, : case.V].copy_(values)
-    target = target.to(device)
 
     value, (gradient,) = evaluated(case, (logits,), target, device, backend)
     exact, (expected,) = evaluated(case, (logits.double(),), target, device, "reference")
@@ -118,17 +118,16 @@ def compare(case: Case, device: torch.device, backend: str) -> str | None:
 
 def compare_linear(case: Case, device: torch.device, backend: str) -> str | None:
     """What is wrong with a loss of hidden states: every third points at its target, the others at a right angle."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     N = case.N
-    input = torch.randn(N, D, generator=generator)
-    weight = F.normalize(torch.randn(case.V, D, generator=generator))
-    bias = 0.1 * torch.randn(case.V, generator=generator)
+    input = torch.randn(N, D, generator=generator, device=device)
+    weight = F.normalize(torch.randn(case.V, D, generator=generator, device=device))
+    bias = 0.1 * torch.randn(case.V, generator=generator, device=device)
     target = make_targets(N, case.V, generator)
     towards = weight[target.clamp(min=0)]
     input -= (input * towards).sum(1, keepdim=True) * towards
     input[::3] = 60 * towards[::3]
-    inputs = tuple(tensor.to(device, case.dtype) for tensor in (input, weight, bias))
-    target = target.to(device)
+    inputs = tuple(tensor.to(case.dtype) for tensor in (input, weight, bias))
 
     value, gradients = evaluated(case, inputs, target, device, backend)
     exact, expected = evaluated(case, tuple(x.double() for x in inputs), target, device, "reference")

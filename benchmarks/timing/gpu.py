@@ -1,7 +1,9 @@
 """`python -m benchmarks --gpu-report`: correctness, then the suites within a given time, and a page with all of it."""
 
 import functools
+import os
 import statistics
+import textwrap
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -10,9 +12,11 @@ from unittest import mock
 import torch
 from tqdm import tqdm
 
+import tce_kernels
+
 from .. import report
-from . import correctness, linear, logits, suite
-from .measure import OURS, clocked, prepare, run
+from . import correctness, linear, logits, peers, suite
+from .measure import HEAD_START_MS, OURS, clocked, prepare, run, synchronise
 from .profiles import count_calls
 from .suite import Suite
 
@@ -40,52 +44,89 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("--gpu-report needs a GPU, and torch.cuda.is_available() says that there is none here.")
         return 1
+    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "1":
+        print(
+            "NVIDIA_TF32_OVERRIDE=1 makes cuBLAS round what float32 matmuls multiply, which fails the checks: unset it."
+        )
+        return 1
+    torch.set_float32_matmul_precision("highest")  # which TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 had lowered
+    command = "pip install --no-deps" if torch.version.hip else "pip install"  # they ask for a triton that is not AMD's
+    for package in peers.PACKAGES:
+        if report.version(package.distribution) is None:
+            print(f"{package.title} is not installed; to measure against it: {command} {package.distribution}")
     parts = [
         Part(part, part.cases(False, None, None, True), until)
         for part, until in ((logits.SUITE, LOGITS_UNTIL), (linear.SUITE, LINEAR_UNTIL))
     ]
-    device = torch.device("cuda")
+    device = torch.device("cuda", torch.cuda.current_device())  # as tensors name it
     folder = report.results_path(device, "report.md", False).parent
     return write(device, "triton", correctness.cases(), parts, folder)
 
 
 def write(device: torch.device, backend: str, to_check: list[correctness.Case], parts: list[Part], folder: Path) -> int:
-    """Check, measure, and write `folder`/report.md; the exit status. What is wrong is not measured."""
+    """Check, measure, and write `folder`/report.md; the exit status. What is wrong is not measured.
+
+    The page is written again after every case, so that nothing which ends the run takes it along: another package may
+    leave the GPU in a state in which every further call fails.
+    """
     start = time.perf_counter()
     page = [f"# tce_kernels on {report.describe(device)}"]
     print(page[0].removeprefix("# "))
+    obstacle = trial(device, backend)
+    if obstacle:
+        print(obstacle)
+        return 1
     with tqdm(to_check, desc="correctness", unit="case", leave=False) as progress:
         wrong = correctness.failures(progress, device, backend)
     print(*wrong, sep="\n", end="\n" if wrong else "")
-    verdict = f"{len(to_check) - len(wrong)} of {len(to_check)} cases agree with the reference in float64."
+    seconds = time.perf_counter() - start
+    agree = len(to_check) - len(wrong)
+    verdict = f"{agree} of {len(to_check)} cases agree with the reference in float64 ({seconds:.0f} s)."
     if wrong:
         print(f"{verdict} Nothing is measured.")
         return 1
     bandwidth = Bandwidth(copy_bandwidth(device), peak_bandwidth(device))
     page.append(f"{verdict} {in_words(bandwidth)}")
     print(page[-1])
+    save(page, folder)
 
     status = 0
     for part in parts:
         path = folder / f"{part.suite.name}.csv"
-        rows, status = suite.run(part.suite, part.cases, device, path, deadline=start + part.until)
+
+        def save_so_far(part=part, path=path):
+            save(page + section(part, path, device, bandwidth), folder)
+
+        deadline = start + part.until
+        rows, status = suite.run(part.suite, part.cases, device, path, deadline=deadline, on_saved=save_so_far)
         if rows:
-            suite.draw(part.suite, path)
-            page += section(part, path, device, bandwidth)
+            page.extend(section(part, path, device, bandwidth) + picture(part, path))
+            save(page, folder)
         if status:
             break
-    save(page, folder)
     if not status and device.type == "cuda":
-        page += share_of_cache(device, bandwidth)
-        counted = [row for part in parts for row in count(part, device, start + CALLS_UNTIL)]
-        if counted:
-            report.save(folder / "calls.csv", [report.describe(device)], counted)
-            title = f"## Kernel launches and waits of the host, forward and backward, {COUNTED_SHARE:.0%} truncated"
-            page += [title, report.as_text(counted, markdown=True)]
-            save(page, folder)
+        page.extend(share_of_cache(device, bandwidth))
+        page.extend(calls(parts, device, start + CALLS_UNTIL, folder))
+        save(page, folder)
     print("", *page, f"{time.perf_counter() - start:.0f} seconds.", sep="\n\n")
     report.announce(folder / "report.md")
     return status
+
+
+def trial(device: torch.device, backend: str) -> str | None:
+    """Launch a kernel each of forward and backward; a line that says why, if that cannot be done."""
+    try:
+        logits = torch.zeros(1, 8, device=device, requires_grad=True)
+        target = torch.zeros(1, dtype=torch.long, device=device)
+        tce_kernels.truncated_cross_entropy(logits, target, backend=backend).backward()
+        synchronise(device)
+    except Exception as error:
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+        return (
+            f"No kernel can be launched here, so nothing is checked or measured. {reason} (Triton needs a C compiler "
+            "and Python's headers, apt install gcc python3-dev, and libcuda.so.1 where ldconfig finds it.)"
+        )
+    return None
 
 
 def save(page: list[str], folder: Path) -> None:
@@ -97,7 +138,7 @@ def copy_bandwidth(device: torch.device, n_bytes: int = 2**30) -> float:
     source = torch.zeros(n_bytes, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    times = [clocked(lambda: target.copy_(source), device) for _ in range(10)]
+    times = [clocked(lambda: target.copy_(source), device).ms for _ in range(10)]
     return 2 * n_bytes / (statistics.median(times) / 1e3)
 
 
@@ -127,6 +168,11 @@ def section(part: Part, path: Path, device: torch.device, bandwidth: Bandwidth) 
         for row, line in zip(rows, table, strict=True):
             line |= roofline(row, bandwidth)
         notes.append("GB/s: the logits read once and written once, the least that any loss with a gradient can do.")
+    if device.type == "cuda":
+        notes.append(
+            f"Host ms: until the call returns, median; a call that waits for the GPU waits for its head start of "
+            f"{HEAD_START_MS} ms too."
+        )
     lines = [f"## {part.suite.subject}", heading[-1], report.as_text(table, markdown=True), " ".join(notes)]
     wanted = {p.name for case in part.cases for sizes in part.suite.providers(case, device, False) for p in sizes}
     absent = sorted(wanted - {row["provider"] for row in rows})
@@ -134,10 +180,14 @@ def section(part: Part, path: Path, device: torch.device, bandwidth: Bandwidth) 
     reasons += part.suite.missing(device, False)
     if reasons:
         lines.append("\n".join(f"- {line}" for line in reasons))
-    picture = path.with_suffix(".png")
-    if picture.exists():
-        lines.append(f"![{part.suite.subject}: time and memory]({picture.name})")
     return lines
+
+
+def picture(part: Part, path: Path) -> list[str]:
+    """The part's picture, if its saved rows give one."""
+    suite.draw(part.suite, path)
+    drawn = path.with_suffix(".png")
+    return [f"![{part.suite.subject}: time and memory]({drawn.name})"] if drawn.exists() else []
 
 
 def roofline(row: dict, bandwidth: Bandwidth) -> dict:
@@ -163,7 +213,7 @@ def share_of_cache(
             for share, found in times.items():
                 with mock.patch.object(triton_ops, "CACHE_SHARE", share):
                     call = functools.partial(truncated_cross_entropy, logits, target, threshold=1.0, backend="triton")
-                    found.append(clocked(call, device))
+                    found.append(clocked(call, device).ms)
         for share, found in times.items():
             with mock.patch.object(triton_ops, "CACHE_SHARE", share):
                 programs, warps = triton_ops._n_programs(logits[None]), triton_ops._n_warps(logits[None])
@@ -179,6 +229,16 @@ def share_of_cache(
         f"Bytes a logit at a copy's speed: 4 if the second read of a row finds it in the L2, 6 if it does not. The "
         f"package takes {triton_ops.CACHE_SHARE}.",
     ]
+
+
+def calls(parts: list[Part], device: torch.device, deadline: float, folder: Path) -> list[str]:
+    """The chapter on launches and waits; also in `folder`/calls.csv. Empty if none could be counted."""
+    counted = [row for part in parts for row in count(part, device, deadline)]
+    if not counted:
+        return []
+    report.save(folder / "calls.csv", [report.describe(device)], counted)
+    title = f"## Kernel launches and waits of the host, forward and backward, {COUNTED_SHARE:.0%} truncated"
+    return [title, report.as_text(counted, markdown=True)]
 
 
 def count(part: Part, device: torch.device, deadline: float) -> list[dict]:
@@ -197,15 +257,15 @@ def count(part: Part, device: torch.device, deadline: float) -> list[dict]:
             try:
                 run(provider, prepare(provider, inputs))  # compiles
                 fresh = prepare(provider, inputs)
-                calls = count_calls(lambda provider=provider, fresh=fresh: run(provider, fresh))
+                found = count_calls(lambda provider=provider, fresh=fresh: run(provider, fresh))
             except Exception as error:
                 if provider.indispensable:
                     raise
                 reason = str(error).strip().partition("\n")[0]
                 progress.write(f"{provider.label}: calls not counted, {type(error).__name__}: {reason}")
                 continue
-            if calls is None:
+            if found is None:
                 progress.write(f"{provider.label}: calls not counted, the profiler saw no launch")
                 continue
-            rows.append(dict(suite=part.suite.name, provider=provider.label) | calls._asdict())
+            rows.append(dict(suite=part.suite.name, provider=provider.label) | found._asdict())
     return rows

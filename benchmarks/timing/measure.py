@@ -17,6 +17,7 @@ from .profiles import traced_peak
 
 OURS = "tce_kernels"
 SLOW_SECONDS = 20  # a provider that takes longer for one run is left out
+HEAD_START_MS = 2  # of the host over the GPU, before a run is timed: enough if host_ms is less
 
 
 class Provider(NamedTuple):
@@ -47,6 +48,11 @@ class Observed(NamedTuple):
     extra_mebibytes: float  # peak memory beyond the inputs and the gradients that are returned
 
 
+class Timed(NamedTuple):
+    ms: float
+    host_ms: float  # until the call returned: on a GPU, its launches, and its waits if there are any
+
+
 class Inexact(Exception):
     """Loss or gradients are not what the reference says."""
 
@@ -68,26 +74,50 @@ def prepare(provider: Provider, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...
     return *(x.detach().clone().requires_grad_() for x in inputs[:-1]), inputs[-1]
 
 
-def milliseconds(provider: Provider, inputs: tuple[Tensor, ...]) -> float:
+def timed(provider: Provider, inputs: tuple[Tensor, ...]) -> Timed:
     inputs = prepare(provider, inputs)
     return clocked(lambda: run(provider, inputs), inputs[0].device)
 
 
-def clocked(call: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one call: on a GPU between two marks in its queue, with its cache emptied before."""
+def clocked(call: Callable[[], object], device: torch.device) -> Timed:
+    """One call: on a GPU between two marks in its queue, with its cache emptied before.
+
+    The GPU is kept busy for HEAD_START_MS first, in which the host gets ahead of it, as it does in a training step:
+    or the time of a short call would be that of its launches.
+    """
     synchronise(device)
     if device.type == "cuda":
-        # Zeroing also keeps the GPU busy for a moment, in which the host gets ahead of it, as in a training step.
-        larger_than_cache(device).zero_()
+        cycles = round(HEAD_START_MS * cycles_per_ms(device))
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        larger_than_cache(device).zero_()
+        torch.cuda._sleep(cycles)
         start.record()
-        call()
+        host_ms = elapsed(call)
         end.record()
         synchronise(device)
-        return start.elapsed_time(end)
+        return Timed(start.elapsed_time(end), host_ms)
+    ms = elapsed(call)
+    return Timed(ms, ms)
+
+
+def elapsed(call: Callable[[], object]) -> float:
+    """Milliseconds until the call returns to the host."""
     start = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - start)
+
+
+@functools.cache
+def cycles_per_ms(device: torch.device) -> float:
+    """Of the clock that torch.cuda._sleep counts by, which is not the same on all GPUs."""
+    n_cycles = 1_000_000
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(1)  # its first launch takes longer
+    start.record()
+    torch.cuda._sleep(n_cycles)
+    end.record()
+    synchronise(device)
+    return n_cycles / start.elapsed_time(end)
 
 
 @functools.cache
@@ -142,12 +172,9 @@ def admit(
         try:
             if new_shape and (provider.compiles or inputs[0].is_cuda):  # where kernels compile or tune themselves too
                 run(provider, prepare(provider, inputs))
-            observed = observe(provider, inputs)
-            if not provider.is_floor:
-                check(provider, observed)
-            seconds = observed.seconds
+            seconds, extra_mebibytes = checked(provider, inputs, check)
             if len(sizes) > 1:  # one run would be left to chance
-                seconds = min(milliseconds(provider, inputs) / 1e3 for _ in range(2))
+                seconds = min(timed(provider, inputs).ms / 1e3 for _ in range(2))
         except Exception as error:
             if provider.indispensable:
                 raise
@@ -159,8 +186,18 @@ def admit(
             progress.write(f"{provider.label}: left out, one run takes {seconds:.0f} s")
             continue
         if admitted is None or seconds < best_seconds:
-            admitted, best_seconds = (provider, observed.extra_mebibytes), seconds
+            admitted, best_seconds = (provider, extra_mebibytes), seconds
     return admitted
+
+
+def checked(
+    provider: Provider, inputs: tuple[Tensor, ...], check: Callable[[Provider, Observed], None]
+) -> tuple[float, float]:
+    """Seconds and extra memory of a run whose result is right. Its gradients go before the next run needs the room."""
+    observed = observe(provider, inputs)
+    if not provider.is_floor:
+        check(provider, observed)
+    return observed.seconds, observed.extra_mebibytes
 
 
 def compete(
@@ -181,7 +218,8 @@ def compete(
         else:
             candidates.append(admitted[0])
             extra.append(admitted[1])
-    times = interleaved(candidates, inputs, rounds, progress)
+    runs = interleaved(candidates, inputs, rounds, progress)
+    times = [[run.ms for run in of_one] for of_one in runs]
     peers = [times[i] for i, provider in enumerate(candidates) if not provider.indispensable]
     fastest_peer = min(peers, key=statistics.median, default=None)
     return [
@@ -189,22 +227,23 @@ def compete(
         | quantiles(times[i])
         | dict(time_over_fastest_peer=ratio(times[i], fastest_peer) if peers else math.nan)
         | dict(time_over_floor=ratio(times[i], times[-1]), extra_peak_MiB=extra[i])
+        | (dict(host_ms=statistics.median(run.host_ms for run in runs[i])) if inputs[0].is_cuda else {})
         for i, provider in enumerate(candidates)
     ]
 
 
 def interleaved(
     candidates: list[Provider], inputs: tuple[Tensor, ...], rounds: int, progress: tqdm
-) -> list[list[float]]:
-    """Milliseconds per provider and round. Each round runs every provider once, each time starting with another."""
-    times = [[] for _ in candidates]
+) -> list[list[Timed]]:
+    """Per provider and round. Each round runs every provider once, each time starting with another."""
+    runs = [[] for _ in candidates]
     for round_ in range(rounds):
         for i in range(len(candidates)):
             i = (i + round_) % len(candidates)
             progress.set_postfix_str(candidates[i].name)
-            times[i].append(milliseconds(candidates[i], inputs))
+            runs[i].append(timed(candidates[i], inputs))
             progress.update()
-    return times
+    return runs
 
 
 def quantiles(times: list[float]) -> dict:

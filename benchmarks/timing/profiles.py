@@ -12,10 +12,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 CALL = "benchmarks: the call"
 # Functions of the CUDA runtime and driver: cudaLaunchKernel, cudaLaunchKernelExC, cuLaunchKernelEx, cudaGraphLaunch,
-# cudaStreamSynchronize, ... A version may follow the name (_v7000).
-LAUNCH = re.compile(r"cu(da)?(Launch\w*Kernel|GraphLaunch)\w*")
-WAIT = re.compile(r"cu(da)?(Device|Ctx|Stream|Event)Synchronize\w*")
-COPY_TO_HOST = "Memcpy DtoH"
+# cudaStreamSynchronize, ... A version may follow the name (_v7000). And of AMD's: hipLaunchKernel,
+# hipModuleLaunchKernel, hipExtModuleLaunchKernel, hipStreamSynchronize, ...
+LAUNCH = re.compile(r"(cu(da)?|hip(Ext)?(Module)?)(Launch\w*Kernel|GraphLaunch)\w*")
+WAIT = re.compile(r"(cu(da)?|hip)(Device|Ctx|Stream|Event)Synchronize\w*")
+COPY_TO_HOST = ("Memcpy DtoH", "CopyDeviceToHost")  # the second on AMD, by older profilers
 
 
 class Calls(NamedTuple):

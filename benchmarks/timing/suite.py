@@ -65,9 +65,15 @@ def main(suite: Suite, arguments: list[str]) -> int:
 
 
 def run(
-    suite: Suite, todo: list, device: torch.device, path: Path, quick: bool = False, deadline: float = math.inf
+    suite: Suite,
+    todo: list,
+    device: torch.device,
+    path: Path,
+    quick: bool = False,
+    deadline: float = math.inf,
+    on_saved: Callable[[], object] = lambda: None,
 ) -> tuple[list[dict], int]:
-    """Measure the cases and save after each; the rows and the exit status.
+    """Measure the cases and save after each, then call `on_saved`; the rows and the exit status.
 
     No case is begun that would probably last beyond `deadline`, a time of time.perf_counter().
     """
@@ -91,7 +97,9 @@ def run(
                     continue
                 results += _measure(suite, case, field, new_shape, device, deadline, progress)
                 longest[new_shape] = max(longest[new_shape], time.perf_counter() - start)
-                report.save(path, heading, results)  # whatever ends a long run, what is done is kept
+                if results:
+                    report.save(path, heading, results)  # whatever ends a long run, what is done is kept
+                    on_saved()
         except KeyboardInterrupt:
             status = INTERRUPTED
         except Inexact as error:
@@ -159,6 +167,9 @@ def as_table(suite: Suite, rows: list[dict]) -> list[dict]:
                 "truncated rows": f"{row['share']:.0%}",
                 "median ms": _starred(row, rivals, "ms_p50", ".4g"),
                 "p20-p80 ms": f"{row['ms_p20']:.4g} - {row['ms_p80']:.4g}",
+            }
+            | ({"host ms": f"{row['host_ms']:.3g}"} if "host_ms" in row else {})
+            | {
                 "time / fastest peer": f"{row['time_over_fastest_peer']:.2f}",
                 f"time / {suite.floor}": f"{row['time_over_floor']:.2f}",
                 "extra peak MiB": _starred(row, rivals, "extra_peak_MiB", ".1f"),
