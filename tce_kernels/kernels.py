@@ -1,8 +1,8 @@
 """Triton kernels.
 
 Bytes of device memory per b-byte logit: `row_loss_kernel` b, or `split_sums_kernel` in its place;
-`loss_and_dlogits_kernel` 2 b (kept rows are read again, but from registers or from L2), `dlogits_kernel` 2 b for kept
-rows and b for dropped ones, written but not read.
+`loss_and_dlogits_kernel` 2 b (kept rows are read again, but from registers or from L2; 3 b where the L2 holds next to
+none), `dlogits_kernel` 2 b for kept rows and b for dropped ones, written but not read.
 """
 
 import triton

@@ -97,7 +97,9 @@ def _body(row_ptr, head, PEEL: tl.constexpr):
     """Pointer to the row's first full block."""
     ptr = row_ptr + head
     if PEEL:
-        ptr = tl.multiple_of(ptr, VECTOR_BYTES)
+        # By way of an integer: on AMD what is known of a sum of pointer and offset is forgotten.
+        address = ptr.to(tl.int64, bitcast=True) & -VECTOR_BYTES
+        ptr = tl.multiple_of(address.to(row_ptr.dtype, bitcast=True), VECTOR_BYTES)
     return ptr
 
 

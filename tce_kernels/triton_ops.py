@@ -7,67 +7,92 @@ import triton
 
 from . import kernels, stats
 
-WARP = 32  # threads
+WARP = 32  # threads; what a GPU calls a warp may be twice that
 LOGITS_PER_THREAD = 32
+CACHE_SHARE = 3 / 4  # of the cache behind all multiprocessors: what the rows in flight may fill
 COPY_V, COPY_WARPS = 4096, 4
 SUMMED_ROWS, SUMMED_V = 512, 1024
 ADDED_D = 1024
 
 
 def serves(device):
-    """Whether the kernels run on tensors of this device: a GPU, or what Triton's interpreter or driver stands for."""
+    """Whether the kernels run on this device: an NVIDIA or AMD GPU, or a CPU that plays one for Triton."""
     if device.type == "cuda" or not isinstance(kernels.row_loss_kernel, triton.JITFunction):
         return True
-    try:
-        return triton.runtime.driver.active.get_active_torch_device().type == device.type
+    try:  # of other GPUs neither cache nor compiler options are known here
+        return device.type == "cpu" == triton.runtime.driver.active.get_active_torch_device().type
     except RuntimeError:  # no driver at all
         return False
 
 
-def _launch_options(n_warps):
+def _launch_options(n_warps, device):
     """Compiler options. Fusion is pinned because Triton 3.10 turns it off by default."""
-    if torch.version.hip:  # warps of 64 threads
-        return {"num_warps": n_warps // 2, "enable_fp_fusion": True}
+    options = {"num_warps": n_warps * 32 // _warp_size(device), "enable_fp_fusion": True}
     # What 512 threads can have: left alone, ptxas aims at fewer and spills to get there.
-    return {"num_warps": n_warps, "enable_fp_fusion": True, "maxnreg": 128}
+    return options if torch.version.hip else options | {"maxnreg": 128}
+
+
+@functools.cache
+def _warp_size(device):
+    """Threads that the device runs in step: 32, but 64 on AMD's CDNA."""
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
 @functools.cache
 def _device_figures(device):
     """Multiprocessors, and bytes of the cache that they share."""
-    if device.type != "cuda":  # the interpreter: so small that splits, and programs that take several rows, come up
+    if device.type != "cuda":  # a CPU: so small that splits, and programs that take several rows, come up
         return 2, 2**18
     properties = torch.cuda.get_device_properties(device)
-    # AMD's compute units share the Infinity Cache (256 MB on MI300), which torch does not report.
-    return properties.multi_processor_count, 256 * 2**20 if torch.version.hip else properties.L2_cache_size
+    # From MI300 on (gfx94*, gfx95*) there is an Infinity Cache of 256 MB behind the L2, which torch does not report.
+    has_larger = getattr(properties, "gcnArchName", "").startswith(("gfx94", "gfx95"))
+    return properties.multi_processor_count, 256 * 2**20 if has_larger else properties.L2_cache_size
+
+
+def _rows_in_cache(logits):
+    """Rows that CACHE_SHARE of the cache holds at once, so that the second read of a row hits."""
+    _, cache_bytes = _device_figures(logits.device)
+    return int(cache_bytes * CACHE_SHARE) // (logits.shape[2] * logits.element_size())
 
 
 def _rows_in_flight(logits):
-    """Rows that three quarters of the cache hold at once, so that the second read of a row hits."""
-    _, cache_bytes = _device_figures(logits.device)
-    return cache_bytes * 3 // 4 // (logits.shape[2] * logits.element_size())
+    """Rows that `loss_and_dlogits_kernel` has under way where there are enough: those in the cache, the same number on
+    every multiprocessor.
+
+    If they would leave three quarters of the multiprocessors idle, one row on each: reading it from device memory
+    twice then costs less than hits that few ask for.
+    """
+    n_multiprocessors, _ = _device_figures(logits.device)
+    rows = _rows_in_cache(logits)
+    if rows < n_multiprocessors / 4:
+        return n_multiprocessors
+    return rows - rows % n_multiprocessors if rows > n_multiprocessors else rows
 
 
 def _n_warps(logits):
-    """Warps a row: as few as keep memory busy, since a row's reductions cost the same however many logits they sum up.
+    """Warps a row of `loss_and_dlogits_kernel`: as few as keep memory busy, since a row's reductions cost the same
+    however many logits they sum up.
 
     Each thread has LOGITS_PER_THREAD logits on their way at a time: 64 bytes of a 16-bit type, 2 KB a warp. A
     multiprocessor of an H100 is due 13 to 15 bytes a cycle, which take about 1000 cycles to come: 8 warps or so have to
-    ask for them, in all the rows that are in flight there. That is 2 warps a row at V = 32000, 4 at 50257, 8 at 128256
-    and 151936 and 16 at 262144, on an A100 too.
+    ask for them at any moment. A warp that computes asks for nothing, so it takes twice as many, in all the rows that
+    are in flight there: 4 warps a row at V = 32000, 8 at 50257, 16 from 128256 on, on an A100 too.
     """
     rows_per_multiprocessor = _rows_in_flight(logits) / _device_figures(logits.device)[0]
-    return next((n for n in (2, 4, 8) if n * rows_per_multiprocessor >= 7.5), 16)
+    return next((n for n in (2, 4, 8) if n * rows_per_multiprocessor >= 15), 16)
+
+
+def _n_row_warps(logits):
+    """Warps a program where each takes one row or a part of it: as many programs run as registers allow, about 32
+    warps a multiprocessor, so that half of the above are enough."""
+    return max(_n_warps(logits) // 2, 2)
 
 
 def _n_programs(logits):
-    """Programs of `loss_and_dlogits_kernel`: the rows in flight, the same number on every multiprocessor."""
+    """Programs of `loss_and_dlogits_kernel`: the rows in flight, or what fits the multiprocessors."""
     outer, inner, _ = logits.shape
     n_multiprocessors, _ = _device_figures(logits.device)
-    rows = max(_rows_in_flight(logits), 1)
-    if rows > n_multiprocessors:
-        rows -= rows % n_multiprocessors
-    return min(outer * inner, rows, n_multiprocessors * 64 // _n_warps(logits))
+    return min(outer * inner, _rows_in_flight(logits), n_multiprocessors * 64 // _n_warps(logits))
 
 
 def _n_splits(logits):
@@ -76,7 +101,7 @@ def _n_splits(logits):
     n_multiprocessors, _ = _device_figures(logits.device)
     if outer * inner >= n_multiprocessors:
         return 1
-    most = min(2 * n_multiprocessors // (outer * inner), V // (WARP * _n_warps(logits) * LOGITS_PER_THREAD))
+    most = min(2 * n_multiprocessors // (outer * inner), V // (WARP * _n_row_warps(logits) * LOGITS_PER_THREAD))
     return 2 ** (max(most, 1).bit_length() - 1)
 
 
@@ -85,7 +110,7 @@ def _strides(rows):
     return [stride if size > 1 else 0 for stride, size in zip(rows.stride()[:2], rows.shape[:2], strict=True)]
 
 
-def _blocks(*tensors):
+def _blocks(n_warps, *tensors):
     """Constexprs and compiler options: how to read and write the rows of [outer, inner, V] tensors used side by side.
 
     16 bytes at a time. Triton does so by itself where it can prove that rows are aligned: pointer and strides are
@@ -96,7 +121,6 @@ def _blocks(*tensors):
     starts = [(tensor.data_ptr(), *_strides(tensor)) for tensor in tensors]
     offsets = {(ptr % 16, outer * item % 16, inner * item % 16) for ptr, outer, inner in starts}
     provable = all(number % 16 == 0 for start in starts for number in start)
-    n_warps = _n_warps(tensors[0])
     block = WARP * n_warps * LOGITS_PER_THREAD
     wide = provable or len(offsets) == 1 and V > block
     return {
@@ -104,7 +128,7 @@ def _blocks(*tensors):
         "VECTOR": 16 // item if wide else 1,
         "BLOCK_V": block if wide else block // 4,
         "THREADS": WARP * n_warps,
-        **_launch_options(n_warps),
+        **_launch_options(n_warps, tensors[0].device),
     }
 
 
@@ -129,7 +153,7 @@ def row_loss(logits, target, row_scale, param, form):
     if N:
         n_splits = _n_splits(logits)
         split_sums = torch.empty(3 * N * n_splits if n_splits > 1 else 0, dtype=torch.float32, device=logits.device)
-        options = {**_blocks(logits), **_flags(form)}
+        options = {**_blocks(_n_row_warps(logits), logits), **_flags(form)}
         with _device(logits):
             if n_splits > 1:
                 kernels.split_sums_kernel[(N, n_splits)](
@@ -153,7 +177,7 @@ def dlogits(logits, target, row_grad, rows, form, out):
             kernels.dlogits_kernel[(N, _n_splits(logits))](
                 out, logits, target, row_grad, rows, *_strides(out), *_strides(logits), inner, N, V,
                 form.z_loss, form.label_smoothing, form.softcap or 1.0, form.logit_scale,
-                **_blocks(logits, out), **_flags(form),
+                **_blocks(_n_row_warps(logits), logits, out), **_flags(form),
             )  # fmt: skip
 
 
@@ -164,14 +188,14 @@ def loss_and_dlogits(logits, target, row_scale, param, form, out, fill=True):
     """
     outer, inner, V = logits.shape
     N = outer * inner
-    if N and _n_splits(logits) > 1 and N <= _rows_in_flight(logits):
+    if N and _n_splits(logits) > 1 and N <= _rows_in_cache(logits):
         loss, rows = row_loss(logits, target, row_scale, param, form)
         dlogits(logits, target, row_scale, rows, form, out)
         return loss, rows
     loss = torch.empty(N, dtype=torch.float32, device=logits.device)
     rows = torch.empty(stats.N_FIELDS, N, dtype=torch.float32, device=logits.device)
     if N:
-        options = _blocks(logits, out)
+        options = _blocks(_n_warps(logits), logits, out)
         with _device(logits):
             kernels.loss_and_dlogits_kernel[(_n_programs(logits),)](
                 out, logits, target, row_scale, _param(param, form), loss, rows, *_strides(out), *_strides(logits),
@@ -205,7 +229,9 @@ def loss_and_kept_dlogits(logits, target, row_scale, param, form, count=None):
     gap = is_kept[:K].logical_not().cumsum(0)
     source = torch.where(is_kept[:K], torch.arange(K, device=gap.device), kept[-gap])
     with _device(logits):
-        kernels.move_rows_kernel[(K,)](logits, source, logits.stride(1), BLOCK_V=COPY_V, **_launch_options(COPY_WARPS))
+        kernels.move_rows_kernel[(K,)](
+            logits, source, logits.stride(1), BLOCK_V=COPY_V, **_launch_options(COPY_WARPS, logits.device)
+        )
     return loss, rows, source, counted
 
 
@@ -219,7 +245,7 @@ def class_sums(dlogits, groups):
         with _device(dlogits):
             kernels.class_sums_kernel[(-(-V // SUMMED_V), n_parts)](
                 dlogits, signs, sums, dlogits.stride(0), n, V,
-                N_ROWS=SUMMED_ROWS, BLOCK_V=SUMMED_V, **_launch_options(COPY_WARPS),
+                N_ROWS=SUMMED_ROWS, BLOCK_V=SUMMED_V, **_launch_options(COPY_WARPS, dlogits.device),
             )  # fmt: skip
     return sums.sum(0)
 
@@ -235,8 +261,9 @@ def keep_classes(dlogits, classes):
     sums = torch.empty(K, dtype=torch.float32, device=dlogits.device)
     with _device(dlogits):
         kernels.keep_classes_kernel[(K,)](
-            dlogits, place, sums, dlogits.stride(0), V, BLOCK_V=COPY_V, **_launch_options(2 * COPY_WARPS)
-        )
+            dlogits, place, sums, dlogits.stride(0), V,
+            BLOCK_V=COPY_V, **_launch_options(2 * COPY_WARPS, dlogits.device),
+        )  # fmt: skip
     return sums
 
 
@@ -245,7 +272,7 @@ def add_rows(total, rows, addend):
     n, D = addend.shape
     with _device(total):
         kernels.add_rows_kernel[(n,)](
-            total, rows, addend, total.stride(0), D, BLOCK_D=ADDED_D, **_launch_options(COPY_WARPS)
+            total, rows, addend, total.stride(0), D, BLOCK_D=ADDED_D, **_launch_options(COPY_WARPS, total.device)
         )
 
 
@@ -255,8 +282,9 @@ def scale_(dlogits, factor):
     if outer * inner:
         with _device(dlogits):
             kernels.scale_kernel[(outer * inner,)](
-                dlogits, factor, *_strides(dlogits), inner, V, BLOCK_V=COPY_V, **_launch_options(COPY_WARPS)
-            )
+                dlogits, factor, *_strides(dlogits), inner, V,
+                BLOCK_V=COPY_V, **_launch_options(COPY_WARPS, dlogits.device),
+            )  # fmt: skip
 
 
 def _device(tensor):

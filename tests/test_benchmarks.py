@@ -94,3 +94,24 @@ def test_share_of_the_bandwidth():
     row = dict(N=1000, V=2000, dtype="bfloat16", ms_p50=1.0)  # 4 MB read and 4 MB written in a millisecond: 8 GB/s
     columns = gpu.roofline(row, gpu.Bandwidth(copy=10e9, peak=16e9))
     assert columns == {"GB/s": "8", "of a copy's": "80%", "of the peak": "50%"}
+
+
+def test_the_share_of_the_cache_is_varied(device, monkeypatch):
+    """Rows of 16 KB in an L2 of 256 KB."""
+    for package in ("matplotlib", "tabulate", "tqdm", "triton"):
+        pytest.importorskip(package, reason="only python -m benchmarks needs it")
+    from benchmarks.timing import gpu
+    from tce_kernels import kernels, triton_ops
+
+    class Watched:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return kernel[grid]
+
+    grids, kernel = [], kernels.loss_and_dlogits_kernel
+    monkeypatch.setattr(kernels, "loss_and_dlogits_kernel", Watched())
+    monkeypatch.setattr(triton_ops, "_device_figures", lambda device: (2, 2**18))
+    chosen = triton_ops.CACHE_SHARE
+    title, table, note = gpu.share_of_cache(device, gpu.Bandwidth(1e9, None), shapes=((16, 8192),), rounds=1)
+    assert grids == [(6,), (8,), (12,), (16,)] * 2
+    assert triton_ops.CACHE_SHARE == chosen and str(chosen) in note

@@ -48,8 +48,8 @@ def test_no_variant_spills_or_uses_the_stack(variants, target):
 
 
 def vectors(accesses):
-    """Accesses of 16 bytes, of a count by PTX type."""
-    return accesses.get("v4.b32", 0) + accesses.get("v2.b64", 0)
+    """Accesses of 16 bytes, of a count by type in PTX or by instruction of AMD's."""
+    return sum(accesses.get(kind, 0) for kind in ("v4.b32", "v2.b64", "dwordx4"))
 
 
 def narrow(accesses):
@@ -87,13 +87,13 @@ def test_chunks_of_the_linear_path_move_16_bytes_at_a_time(variants, target):
     assert checked == 12
 
 
-@pytest.mark.parametrize("target", NVIDIA)
-def test_the_body_of_unaligned_16_bit_rows_moves_16_bytes_at_a_time(variants, target):
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_body_of_unaligned_rows_moves_16_bytes_at_a_time(variants, target):
     checked = 0
     for report in variants(target):
-        if report["dtype"] == "float32" or report["layout"] != "peeled" or report["kernel"] == "scale_kernel":
+        if report["layout"] != "peeled" or report["kernel"] == "scale_kernel":
             continue
         assert vectors(report["loads"]) > 0, report
         assert vectors(report["stores"]) > 0 or report["kernel"] not in WRITERS, report
         checked += 1
-    assert checked > 15
+    assert checked > 20

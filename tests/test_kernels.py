@@ -1,6 +1,7 @@
 """What the Triton kernels promise row by row: what they read and write, where, how often, and with which digits."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from cases import (
 triton = pytest.importorskip("triton", reason="triton is not installed")
 import triton.language as tl  # noqa: E402 - after the skip
 
+from benchmarks.codegen.devices import DEVICES  # noqa: E402
 from tce_kernels import kernels, sweeps, triton_ops  # noqa: E402
 from tce_kernels.stats import COEF, LSE, N_FIELDS, SUM_EXP  # noqa: E402
 
@@ -468,6 +470,80 @@ def test_rows_are_shared_if_the_cache_holds_them(cache_bytes, shares, device, me
     logits, target = make_inputs(2, V * 40, torch.bfloat16, device)
     assert_matches_reference(truncated, logits, target, backend="triton")
     assert ("split_sums_kernel" in [name for name, _ in memory.launches]) == shares
+
+
+FIGURES = {device.name: (device.multiprocessors, device.cache_mib * 2**20) for device in DEVICES} | {
+    "L40S": (142, 96 * 2**20),
+    "RTX 4090": (128, 72 * 2**20),
+    "RTX 3090": (82, 6 * 2**20),
+    "A30": (56, 24 * 2**20),
+    "T4": (40, 4 * 2**20),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("gpu", FIGURES)
+def test_rows_in_flight_fit_the_cache_and_keep_memory_busy(gpu, dtype, monkeypatch):
+    """For any vocabulary. Where next to nothing fits, every multiprocessor has a row, and reads it twice."""
+    n_multiprocessors, cache_bytes = FIGURES[gpu]
+    share = cache_bytes * triton_ops.CACHE_SHARE
+    monkeypatch.setattr(triton_ops, "_device_figures", lambda device: FIGURES[gpu])
+    item = torch.empty(1, dtype=dtype)
+    for columns in [*range(1024, 300_000, 13), 32000, 50257, 128256, 151936, 262144]:
+        logits = item.expand(1, 10**6, columns)
+        n_programs, n_warps = triton_ops._n_programs(logits), triton_ops._n_warps(logits)
+        if n_programs * columns * dtype.itemsize > share:
+            assert share // (columns * dtype.itemsize) < n_multiprocessors / 4
+            assert n_programs == n_multiprocessors
+        n_rows, idle = divmod(n_programs, n_multiprocessors)
+        assert idle == 0 or n_rows == 0, "some multiprocessors have a row more than others"
+        assert n_rows > 0 or n_programs >= n_multiprocessors / 4, "most multiprocessors have nothing to do"
+        if n_warps < 16:
+            assert n_programs * n_warps >= 15 * n_multiprocessors, "too little is on its way"
+        assert n_warps == 2 or n_programs * n_warps < 30 * n_multiprocessors, "half of the warps would do"
+        assert triton_ops._n_splits(logits) == 1
+
+
+@pytest.mark.parametrize("gpu", FIGURES)
+def test_few_rows_are_shared_among_the_multiprocessors(gpu, monkeypatch):
+    monkeypatch.setattr(triton_ops, "_device_figures", lambda device: FIGURES[gpu])
+    n_multiprocessors, _ = FIGURES[gpu]
+    for columns in (32000, 50257, 128256, 151936, 262144):
+        logits = torch.empty(1, dtype=torch.bfloat16).expand(1, n_multiprocessors // 4, columns)
+        assert triton_ops._n_splits(logits) in (2, 4, 8)
+
+
+@pytest.mark.parametrize("hip, warp_size", [(None, 32), ("6.0", 32), ("6.0", 64)], ids=["NVIDIA", "RDNA", "CDNA"])
+def test_a_program_has_the_threads_that_its_blocks_are_for(hip, warp_size, monkeypatch):
+    """Whatever the GPU calls a warp; and AMD's compiler knows no bound on registers."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(warp_size=warp_size))
+    size = triton_ops._warp_size.__wrapped__(torch.device("cuda", 0))
+    monkeypatch.setattr(triton_ops, "_warp_size", lambda device: size)
+    for n_warps in (2, 4, 8, 16):
+        options = triton_ops._blocks(n_warps, torch.empty(1, dtype=torch.bfloat16).expand(1, 8, 10**6))
+        assert options["num_warps"] * warp_size == options["THREADS"] == 32 * n_warps
+        assert ("maxnreg" in options) == (hip is None)
+
+
+@pytest.mark.parametrize(
+    "architecture, cache_bytes",
+    [({}, 2**22), ({"gcnArchName": "gfx90a"}, 2**22), ({"gcnArchName": "gfx942:sramecc+:xnack-"}, 2**28)],
+)
+def test_the_cache_is_the_last_before_device_memory(architecture, cache_bytes, monkeypatch):
+    properties = SimpleNamespace(multi_processor_count=100, L2_cache_size=2**22, **architecture)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert triton_ops._device_figures.__wrapped__(torch.device("cuda", 0)) == (100, cache_bytes)
+
+
+def test_other_gpus_are_not_taken_for_the_interpreter(monkeypatch):
+    """Even if there is a Triton for them: nothing is known of their caches and of its options."""
+    monkeypatch.setattr(triton, "JITFunction", type(kernels.row_loss_kernel))  # as if nothing were interpreted
+    for device_type, served in (("cpu", True), ("xpu", False)):
+        device = torch.device(device_type)
+        driver = SimpleNamespace(get_active_torch_device=lambda device=device: device)
+        monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=driver))
+        assert triton_ops.serves(device) == served
 
 
 class Given(torch.autograd.Function):

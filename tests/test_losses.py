@@ -306,23 +306,3 @@ def test_programs_that_share_a_row(loss, options, dtype, device, small_blocks, m
         runs = [loss_and_gradient(loss, logits, target, backend="triton", **options) for _ in range(2)]
         assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
     assert set(splits) == {2, 4}
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
-@pytest.mark.parametrize(
-    "figures", [(108, 40 * 2**20), (132, 50 * 2**20), (148, 126 * 2**20)], ids=["A100", "H100", "B200"]
-)
-def test_rows_in_flight_fit_the_cache_and_keep_memory_busy(figures, monkeypatch):
-    from tce_kernels import triton_ops
-
-    monkeypatch.setattr(triton_ops, "_device_figures", lambda device: figures)
-    n_multiprocessors, cache_bytes = figures
-    for V in (32000, 50257, 128256, 151936, 262144):
-        logits = torch.empty(1, dtype=torch.bfloat16).expand(1, 8192, V)
-        n_programs, n_warps = triton_ops._n_programs(logits), triton_ops._n_warps(logits)
-        assert n_programs * 2 * V <= cache_bytes * 3 // 4
-        assert n_programs % n_multiprocessors == 0 or n_programs < n_multiprocessors
-        assert n_programs * n_warps >= 7 * n_multiprocessors
-        assert triton_ops._n_splits(logits) == 1
-        few = triton_ops._n_splits(logits[:, : n_multiprocessors // 4])
-        assert few in (2, 4, 8)

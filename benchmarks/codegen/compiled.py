@@ -1,6 +1,6 @@
 """Compile, for a GPU that is not there, every kernel that the public functions launch.
 
-    python -m benchmarks.codegen.compiled cuda 90 32 [--core] [--liger]
+    python -m benchmarks.codegen.compiled cuda 90 [--core] [--liger]
 
 A stand-in takes the place of the driver: Triton specialises and compiles as for a launch, and the launch is left out.
 A process can stand for one target only. Prints one line per case: the JSON list of its launches, each with its grid,
@@ -24,14 +24,14 @@ import tce_kernels
 from tce_kernels import head, kernels, stats, triton_ops
 
 from .cases import EVALUATION, LINEAR, RETAINED, Case, cases
-from .devices import DEVICES
+from .devices import DEVICES, LIMITS
 from .resources import resources, row_work
 
 ARGUMENTS = {
-    "sm_80": ("cuda", "80", "32"),
-    "sm_90": ("cuda", "90", "32"),
-    "sm_100": ("cuda", "100", "32"),
-    "gfx942": ("hip", "gfx942", "64"),
+    "sm_80": ("cuda", "80"),
+    "sm_90": ("cuda", "90"),
+    "sm_100": ("cuda", "100"),
+    "gfx942": ("hip", "gfx942"),
 }
 FEATURES = 16  # of the linear path's hidden states: no kernel sees them
 
@@ -110,12 +110,13 @@ def stand_in(target: GPUTarget, name: str, liger: bool) -> None:
     """Let the launchers of this process work for a target that is not there."""
     triton.runtime.driver.set_active(Driver(target))
     if target.backend == "hip":
-        torch.version.hip = "6.0"  # as the user's torch says it there: warps have 64 threads
+        torch.version.hip = "6.0"  # as the user's torch says it there
     device = next(device for device in DEVICES if device.target == name)
     triton_ops.serves = lambda device: True
     # The dtype of the linear path's matmuls as on a GPU, whatever the processor here multiplies fast.
     head.supported = lambda dtype, device: dtype
     triton_ops._device_figures = lambda _: (device.multiprocessors, device.cache_mib * 2**20)
+    triton_ops._warp_size = lambda _: target.warp_size
     modules = [kernels]
     if liger:
         import liger_kernel.ops.cross_entropy as liger_module
@@ -206,13 +207,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen.compiled", description=__doc__)
     parser.add_argument("backend", choices=["cuda", "hip"])
     parser.add_argument("arch")
-    parser.add_argument("warp_size", type=int)
     parser.add_argument("--core", action="store_true", help="only what users launch most")
     parser.add_argument("--liger", action="store_true", help="Liger-Kernel's cross-entropy too")
     args = parser.parse_args()
     arch = int(args.arch) if args.arch.isdigit() else args.arch
-    target = GPUTarget(args.backend, arch, args.warp_size)
-    stand_in(target, f"sm_{arch}" if args.backend == "cuda" else arch, args.liger)
+    name = f"sm_{arch}" if args.backend == "cuda" else arch
+    target = GPUTarget(args.backend, arch, LIMITS[name].warp_size)
+    stand_in(target, name, args.liger)
     known = {}
     for case in cases(args.core, args.liger):
         Compiled.launches.clear()

@@ -91,5 +91,7 @@ def rows_in_flight(device: Device, blocks: int, grid: int) -> int:
 
 
 def stay_in_cache(device: Device, rows: int, row_bytes: int) -> bool:
-    """Whether so many rows are still in the cache when they are read again: they fill at most three quarters of it."""
-    return rows * row_bytes <= device.cache_mib * 2**20 * 3 // 4
+    """Whether so many rows are still in the cache when they are read again: they fill no more than what we count on."""
+    from tce_kernels.triton_ops import CACHE_SHARE  # imported late, with triton
+
+    return rows * row_bytes <= device.cache_mib * 2**20 * CACHE_SHARE

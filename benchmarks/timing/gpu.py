@@ -1,9 +1,11 @@
 """`python -m benchmarks --gpu-report`: correctness, then the suites within a given time, and a page with all of it."""
 
+import functools
 import statistics
 import time
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from tqdm import tqdm
@@ -17,6 +19,8 @@ from .suite import Suite
 # Seconds from the start after which no case is begun, and no call counted; the whole is to take less than 540.
 LOGITS_UNTIL, LINEAR_UNTIL, CALLS_UNTIL = 200, 420, 480
 COUNTED_SHARE = 0.8  # of rows that are truncated in the call whose launches are counted
+CACHE_SHARES = (3 / 8, 1 / 2, 3 / 4, 1)  # of the L2, which rows in flight may fill
+CACHED_SHAPES = ((2048, 128256), (2048, 262144))  # N and V
 
 
 class Part(NamedTuple):
@@ -72,6 +76,7 @@ def write(device: torch.device, backend: str, to_check: list[correctness.Case], 
             break
     save(page, folder)
     if not status and device.type == "cuda":
+        page += share_of_cache(device, bandwidth)
         counted = [row for part in parts for row in count(part, device, start + CALLS_UNTIL)]
         if counted:
             report.save(folder / "calls.csv", [report.describe(device)], counted)
@@ -141,6 +146,39 @@ def roofline(row: dict, bandwidth: Bandwidth) -> dict:
     per_second = n_bytes / (row["ms_p50"] / 1e3)
     columns = {"GB/s": f"{per_second / 1e9:.0f}", "of a copy's": f"{per_second / bandwidth.copy:.0%}"}
     return columns | ({"of the peak": f"{per_second / bandwidth.peak:.0%}"} if bandwidth.peak else {})
+
+
+def share_of_cache(
+    device: torch.device, bandwidth: Bandwidth, shapes: tuple[tuple[int, int], ...] = CACHED_SHAPES, rounds: int = 10
+) -> list[str]:
+    """Loss and gradient, timed in turns for each share of the L2 that rows may fill until they are read again."""
+    from tce_kernels import triton_ops, truncated_cross_entropy  # imported late, with triton
+
+    table = []
+    for N, V in shapes:
+        logits = torch.randn(N, V, dtype=torch.bfloat16, device=device).requires_grad_()
+        target = torch.randint(V, (N,), device=device)
+        times = {share: [] for share in CACHE_SHARES}
+        for _ in range(rounds + 1):  # the first compiles
+            for share, found in times.items():
+                with mock.patch.object(triton_ops, "CACHE_SHARE", share):
+                    call = functools.partial(truncated_cross_entropy, logits, target, threshold=1.0, backend="triton")
+                    found.append(clocked(call, device))
+        for share, found in times.items():
+            with mock.patch.object(triton_ops, "CACHE_SHARE", share):
+                programs, warps = triton_ops._n_programs(logits[None]), triton_ops._n_warps(logits[None])
+            ms = statistics.median(found[1:])
+            n_bytes = ms / 1e3 * bandwidth.copy / (N * V)
+            table.append(
+                {"share": share, "N": N, "V": V, "rows in flight": programs, "warps a row": warps}
+                | {"ms": f"{ms:.3f}", "bytes a logit": f"{n_bytes:.1f}"}
+            )
+    return [
+        "## Share of the L2 that rows in flight may fill: loss and gradient in bfloat16",
+        report.as_text(table, markdown=True),
+        f"Bytes a logit at a copy's speed: 4 if the second read of a row finds it in the L2, 6 if it does not. The "
+        f"package takes {triton_ops.CACHE_SHARE}.",
+    ]
 
 
 def count(part: Part, device: torch.device, deadline: float) -> list[dict]:
