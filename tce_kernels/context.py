@@ -56,7 +56,7 @@ def holds(condition: bool) -> bool:
     Before torch 2.9 the compiler guards: a number that changes is compiled anew, one that is unknown is an error.
     """
     if not _MAY_BE_UNKNOWN or isinstance(condition, (bool, Tensor)) and not torch.compiler.is_compiling():
-        return bool(condition)  # of tensors where torch.jit traces
+        return condition  # a tensor where torch.jit traces
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
 
     return statically_known_true(condition)
