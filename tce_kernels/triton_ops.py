@@ -11,6 +11,7 @@ WARP = 32  # threads; what a GPU calls a warp may be twice that
 LOGITS_PER_THREAD = 32
 CACHE_SHARE = 3 / 4  # of the cache behind all multiprocessors: what the rows in flight may fill
 COPY_V, COPY_WARPS = 4096, 4
+MOST_PLANS = 1024  # that are kept; a batch of another length has another one
 SUMMED_ROWS, SUMMED_V = 512, 1024
 ADDED_D = 1024
 
@@ -144,6 +145,43 @@ def _param(param, form):
     return form.param_number if param is None else param
 
 
+_plans = {}
+
+
+def _planned(plan, *tensors):
+    """plan(*tensors), worked out once for tensors that lie in memory alike: it takes 10 us."""
+    device = tensors[0].device
+    key = (
+        plan, device, tensors[0].dtype, _device_figures(device), CACHE_SHARE, WARP,
+        *[(tensor.shape, tensor.stride(), tensor.data_ptr() % 16) for tensor in tensors],
+    )  # fmt: skip
+    if key not in _plans:
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
+        _plans[key] = plan(*tensors)
+    return _plans[key]
+
+
+def _plan_of_row_loss(logits):
+    """Splits of a row, strides and options of `row_loss_kernel`."""
+    return _n_splits(logits), _strides(logits), _blocks(_n_row_warps(logits), logits)
+
+
+def _plan_of_dlogits(logits, out):
+    """Splits of a row, strides and options of `dlogits_kernel`."""
+    return _n_splits(logits), _strides(out) + _strides(logits), _blocks(_n_row_warps(logits), logits, out)
+
+
+def _plan_of_loss_and_dlogits(logits, out):
+    """Programs, strides and options of `loss_and_dlogits_kernel`; None where rows so few are better split."""
+    outer, inner, V = logits.shape
+    if outer * inner and _n_splits(logits) > 1 and outer * inner <= _rows_in_cache(logits):
+        return None
+    options = _blocks(_n_warps(logits), logits, out)
+    options["ONE_BLOCK"] = V <= options["BLOCK_V"]
+    return _n_programs(logits), _strides(out) + _strides(logits), options
+
+
 def row_loss(logits, target, row_scale, param, form):
     """logits [outer, inner, V], target and row_scale [N] -> loss [N] and rows [6, N], both float32.
 
@@ -154,17 +192,17 @@ def row_loss(logits, target, row_scale, param, form):
     loss = torch.empty(N, dtype=torch.float32, device=logits.device)
     rows = torch.empty(stats.N_FIELDS, N, dtype=torch.float32, device=logits.device)
     if N:
-        n_splits = _n_splits(logits)
+        n_splits, strides, options = _planned(_plan_of_row_loss, logits)
         split_sums = torch.empty(3 * N * n_splits if n_splits > 1 else 0, dtype=torch.float32, device=logits.device)
-        options = {**_blocks(_n_row_warps(logits), logits), **_flags(form)}
+        options = options | _flags(form)
         with _device(logits):
             if n_splits > 1:
                 kernels.split_sums_kernel[(N, n_splits)](
-                    logits, target, split_sums, *_strides(logits), inner, N, V,
+                    logits, target, split_sums, *strides, inner, N, V,
                     form.ignore_index, form.softcap or 1.0, form.logit_scale, **options,
                 )  # fmt: skip
             kernels.row_loss_kernel[(N,)](
-                logits, target, row_scale, _param(param, form), loss, rows, split_sums, *_strides(logits), inner, N, V,
+                logits, target, row_scale, _param(param, form), loss, rows, split_sums, *strides, inner, N, V,
                 form.ignore_index, form.alpha, form.z_loss, form.label_smoothing, form.softcap or 1.0,
                 form.logit_scale, RULE=form.rule, N_SPLITS=n_splits, **options,
             )  # fmt: skip
@@ -176,11 +214,11 @@ def dlogits(logits, target, row_grad, rows, form, out):
     outer, inner, V = logits.shape
     N = outer * inner
     if N:
+        n_splits, strides, options = _planned(_plan_of_dlogits, logits, out)
         with _device(logits):
-            kernels.dlogits_kernel[(N, _n_splits(logits))](
-                out, logits, target, row_grad, rows, *_strides(out), *_strides(logits), inner, N, V,
-                form.z_loss, form.label_smoothing, form.softcap or 1.0, form.logit_scale,
-                **_blocks(_n_row_warps(logits), logits, out), **_flags(form),
+            kernels.dlogits_kernel[(N, n_splits)](
+                out, logits, target, row_grad, rows, *strides, inner, N, V,
+                form.z_loss, form.label_smoothing, form.softcap or 1.0, form.logit_scale, **options, **_flags(form),
             )  # fmt: skip
 
 
@@ -191,20 +229,20 @@ def loss_and_dlogits(logits, target, row_scale, param, form, out, fill=True):
     """
     outer, inner, V = logits.shape
     N = outer * inner
-    if N and _n_splits(logits) > 1 and N <= _rows_in_cache(logits):
+    plan = _planned(_plan_of_loss_and_dlogits, logits, out)
+    if plan is None:
         loss, rows = row_loss(logits, target, row_scale, param, form)
         dlogits(logits, target, row_scale, rows, form, out)
         return loss, rows
     loss = torch.empty(N, dtype=torch.float32, device=logits.device)
     rows = torch.empty(stats.N_FIELDS, N, dtype=torch.float32, device=logits.device)
     if N:
-        options = _blocks(_n_warps(logits), logits, out)
+        n_programs, strides, options = plan
         with _device(logits):
-            kernels.loss_and_dlogits_kernel[(_n_programs(logits),)](
-                out, logits, target, row_scale, _param(param, form), loss, rows, *_strides(out), *_strides(logits),
-                inner, N, V, form.ignore_index, int(fill), form.alpha, form.z_loss, form.label_smoothing,
-                form.softcap or 1.0, form.logit_scale, RULE=form.rule, ONE_BLOCK=V <= options["BLOCK_V"], **options,
-                **_flags(form),
+            kernels.loss_and_dlogits_kernel[(n_programs,)](
+                out, logits, target, row_scale, _param(param, form), loss, rows, *strides, inner, N, V,
+                form.ignore_index, int(fill), form.alpha, form.z_loss, form.label_smoothing, form.softcap or 1.0,
+                form.logit_scale, RULE=form.rule, **options, **_flags(form),
             )  # fmt: skip
     return loss, rows
 
