@@ -1,9 +1,11 @@
 """Train with the exact gradient of cross-entropy, with `gradient_tolerance`, and with small entries left out.
 
-Seeds are paired: the same initial weights and the same batches. The text is the source of the standard library, which
-every Python carries and of which a run sees no more than a part, so that nothing is learnt by heart.
+Seeds are paired: the same initial weights and the same batches. The text is the documentation inside the standard
+library, docstrings and topics, which every Python carries; the vocabulary is that of the library's whole source. Like a
+large model's it has many classes that a batch has no use for.
 """
 
+import ast
 import functools
 import math
 import multiprocessing
@@ -14,6 +16,7 @@ import statistics
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import NamedTuple
 
 import torch
@@ -41,7 +44,7 @@ NOT_TEXT = {"test", "tests", "encodings", "pydoc_data", "lib2to3", "site-package
 class Text(NamedTuple):
     train: Tensor  # (n,) tokens
     held_out: Tensor
-    rare: Tensor  # (VOCABULARY // RARE,) the tokens that training has least of
+    rare: Tensor  # (VOCABULARY // RARE,) of the tokens that training has, those it has least of
 
 
 class Trained(NamedTuple):
@@ -112,7 +115,7 @@ def compare(quick: bool, first_seed: int) -> int:
     heading = [
         report.describe(device),
         f"{len(text.train)} training and {len(text.held_out)} held-out tokens, of which "
-        f"{torch.isin(text.held_out, text.rare).sum()} are of the rarest {len(text.rare)} of {VOCABULARY}; "
+        f"{torch.isin(text.held_out, text.rare).sum()} are of the rarest {len(text.rare)} of vocabulary {VOCABULARY}; "
         f"{steps} steps of {BATCH} x {CONTEXT} tokens, seeds {first_seed} to {first_seed + seeds - 1}",
     ]
     print(*heading, sep="\n")
@@ -131,23 +134,35 @@ def compare(quick: bool, first_seed: int) -> int:
 
 
 def load_text() -> Text:
-    """Nine modules in ten are trained on, the others are held out; the same for the same Python."""
+    """Nine modules and topics in ten are trained on, the others are held out; the same for the same Python."""
     folder = Path(sysconfig.get_path("stdlib"))
     paths = sorted(path for path in folder.rglob("*.py") if not NOT_TEXT & set(path.relative_to(folder).parts))
-    random.Random(SPLIT_SEED).shuffle(paths)
     sources = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
-    held_out, train = sources[: len(sources) // 10], sources[len(sources) // 10 :]
     tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(train, vocab_size=VOCABULARY, show_progress=False)
-    train, held_out = (
-        torch.tensor([token for encoded in tokenizer.encode_batch(sources) for token in encoded.ids])
-        for sources in (train, held_out)
+    tokenizer.train_from_iterator(sources, vocab_size=VOCABULARY, show_progress=False)
+
+    documents = [docstrings(source) for source in sources] + [topics[name] for name in sorted(topics)]
+    random.Random(SPLIT_SEED).shuffle(documents)
+    n_held_out = len(documents) // 10
+    held_out, train = (
+        torch.tensor([token for encoded in tokenizer.encode_batch(some) for token in encoded.ids])
+        for some in (documents[:n_held_out], documents[n_held_out:])
     )
     return Text(train, held_out, rarest(train, VOCABULARY))
 
 
+def docstrings(source: str) -> str:
+    """All of a module, in the order of ast.walk."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [ast.get_docstring(node) for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
+    return "\n\n".join(filter(None, found))
+
+
 def rarest(tokens: Tensor, vocabulary: int) -> Tensor:
-    return tokens.bincount(minlength=vocabulary).argsort(stable=True)[: vocabulary // RARE]
+    """A tenth of the vocabulary, the least frequent of what occurs at all."""
+    counts = tokens.bincount(minlength=vocabulary)
+    order = counts.argsort(stable=True)
+    return order[counts[order] > 0][: vocabulary // RARE]
 
 
 def in_processes(text: Text, tasks: list[tuple[str, int, int]], jobs: int) -> Iterator[Trained]:
