@@ -340,3 +340,73 @@ def test_rounded_float32_matmuls_are_refused(timing, monkeypatch, capsys):
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
     assert timing.gpu.main() == 1
     assert capsys.readouterr().out.startswith("NVIDIA_TF32_OVERRIDE=1")
+
+
+@pytest.fixture
+def tolerances():
+    for package in ("matplotlib", "scipy", "tabulate", "tokenizers", "tqdm"):
+        pytest.importorskip(package, reason="only python -m benchmarks needs it")
+    from benchmarks.training import tolerances
+
+    return tolerances
+
+
+def test_the_filter_leaves_out_small_entries_of_the_gradient(tolerances):
+    torch.manual_seed(0)
+    input, weight = torch.randn(2, 20, 8), torch.randn(300, 8)
+    target = torch.randint(300, (2, 20))
+    weight[target[0, 0]] = 40 * input[0, 0]  # a sure row, of which nothing is left
+    input, weight = (x.double().requires_grad_() for x in (input, weight))
+    loss, share = tolerances.filtered(input, weight, target)
+    got = torch.autograd.grad(3 * loss, (input, weight))
+
+    logits = input @ weight.t()
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), target.flatten()))
+    entries = logits.softmax(-1) - F.one_hot(target, 300)
+    used = entries.abs() >= 2**-12
+    assert not used[0, 0].any() and 0.2 < used.double().mean() < 0.8
+    assert share.item() == pytest.approx(used.double().mean().item())
+    expected = torch.autograd.grad(logits, (input, weight), 3 * torch.where(used, entries, 0) / target.numel())
+    torch.testing.assert_close(got, expected)
+
+
+def trained(variant, seed, cross_entropy):
+    return SimpleNamespace(variant=variant, seed=seed, cross_entropy=cross_entropy)
+
+
+def test_differences_are_paired_by_seed(tolerances):
+    finished = [trained("exact", seed, 10.0 * seed) for seed in (3, 0, 2, 1)]
+    finished += [
+        trained("other", seed, 10.0 * seed + extra) for seed, extra in ((1, 1.0), (2, 2.0), (3, 3.0), (4, 9.0))
+    ]
+    found = tolerances.difference(finished, "other", "cross_entropy")
+    assert found == pytest.approx((2.0, 4.302653 / 3**0.5, (4.302653 + 1.060660) / 3**0.5), rel=1e-6)  # t, 2 degrees
+    assert str(tolerances.difference(finished[:5], "other", "cross_entropy")) == "+1.0000 ± nan"
+
+
+def test_gradients_are_compared_on_paired_seeds(tolerances, monkeypatch, tmp_path):
+    from benchmarks import report
+
+    def short_text():
+        train, held_out = torch.randint(200, (2, 2000), generator=torch.Generator().manual_seed(0))
+        return tolerances.Text(train, held_out, torch.arange(100, 120))
+
+    monkeypatch.setattr(tolerances, "QUICK", (2, 3))
+    monkeypatch.setattr(tolerances, "load_text", short_text)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "default_device", lambda: torch.device("cpu"))
+    assert tolerances.compare(quick=True, first_seed=5) == 0
+
+    folder = tmp_path / "results" / "cpu" / "quick"
+    assert (folder / "tolerances.png").exists()
+    rows = report.load(folder / "tolerances.csv")[1]
+    assert [(row["seed"], row["variant"]) for row in rows] == [
+        (s, name) for s in (5, 6) for name in tolerances.VARIANTS
+    ]
+    for exact, *others in (rows[:4], rows[4:]):
+        assert exact["share"] == 1
+        for other in others:
+            # Weights and batches are those of the exact run: what leaves nothing out ends where it does.
+            assert (other["cross_entropy"] == exact["cross_entropy"]) == (other["share"] == 1)
+        assert others[-1]["share"] < 0.5
+    assert rows[0]["cross_entropy"] != rows[4]["cross_entropy"]

@@ -22,7 +22,9 @@ from tqdm import tqdm
 from tce_kernels import LossStats, linear_focal_cross_entropy, linear_truncated_cross_entropy
 
 from .. import INTERRUPTED, plots, report
-from .transformer import LanguageModel, windows
+from . import tolerances
+from .loop import BATCH, CONTEXT, new_model, training_steps
+from .transformer import windows
 
 THRESHOLD = 0.9
 LOG_THRESHOLD = math.log(THRESHOLD)
@@ -37,9 +39,6 @@ COLOURS = [plots.COLOURS[i] for i in (1, 0, 3)]
 STYLES = ["-", "--", ":"]
 
 VOCABULARY = 2048
-CONTEXT = 64
-BATCH = 8
-LEARNING_RATE = 3e-3
 SPLIT_SEED = 3
 
 
@@ -68,27 +67,17 @@ def paragraphs(text: str) -> list[str]:
 
 def train(name: str, tokens: Tensor, steps: int, seed: int) -> Training:
     """Same seed: same initial weights and same batches, whatever the loss."""
-    torch.manual_seed(seed)
-    model = LanguageModel(VOCABULARY, CONTEXT).to(tokens.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1, cycle_momentum=False
-    )
-    starts = torch.randint(len(tokens) - CONTEXT, (steps, BATCH, 1), generator=torch.Generator().manual_seed(seed))
-    offsets = torch.arange(CONTEXT + 1)
+    model = new_model(VOCABULARY, tokens.device, seed)
     truncated, seconds = [], []
-    with tqdm(starts, desc=name, unit="step", leave=False) as progress:
-        for start in progress:
-            began = time.perf_counter()
-            batch = tokens[(start + offsets).to(tokens.device)]
-            loss, stats = LOSSES[name](model(batch[:, :-1]), model.head.weight, batch[:, 1:])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    done = training_steps(model, LOSSES[name], tokens, steps, seed)
+    with tqdm(done, desc=name, total=steps, unit="step", leave=False) as progress:
+        began = time.perf_counter()
+        for loss, stats in progress:
             progress.set_postfix_str(f"loss {loss.item():.3f}")
             truncated.append((stats.log_prob > LOG_THRESHOLD).double().mean().item())
-            seconds.append(time.perf_counter() - began)
+            ended = time.perf_counter()
+            seconds.append(ended - began)
+            began = ended
     return Training(name, model, truncated, BATCH * CONTEXT / statistics.median(seconds))
 
 
@@ -152,9 +141,18 @@ def plot(heading: list[str], finished: list[tuple[Training, LossStats]], path: P
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks train", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="half of the steps")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
+    parser.add_argument("--quick", action="store_true", help="half of the steps, and fewer yet with --tolerances")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the weights and the batches; the first with --tolerances"
+    )
+    parser.add_argument(
+        "--tolerances",
+        action="store_true",
+        help="instead, on five seeds: cross-entropy with the exact gradient, tolerances, and small entries left out",
+    )
     args = parser.parse_args(arguments)
+    if args.tolerances:
+        return tolerances.compare(args.quick, args.seed)
     steps = 1200 if args.quick else 2400
 
     device = report.default_device()
