@@ -11,6 +11,7 @@ from . import INTERRUPTED, UNAVAILABLE
 SUBCOMMANDS = {
     "logits": ("timing.logits", "time and memory of one loss and its gradient on given logits"),
     "linear": ("timing.linear", "time and memory of linear layer, loss and gradients, without all logits in memory"),
+    "states": ("states.command", "save the hidden states of a language model, for linear --states"),
     "codegen": ("codegen.command", "what the compiled kernels need and cost on GPUs that are not there"),
     "train": ("training.train", "train a small language model with each loss on Python's own documentation"),
     "collapse": ("collapse.command", "models trained again and again on their own output, with and without truncation"),
