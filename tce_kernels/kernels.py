@@ -247,16 +247,20 @@ def class_sums_kernel(
     stride_dlogits_n, n, V,
     N_ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Sums of BLOCK_V classes over N_ROWS rows a program: over those of sign 1, and those of sign -1. 0 is not read."""
+    """Sums of BLOCK_V classes over N_ROWS rows a program: over those of sign 1, and those of sign -1. 0 is not read.
+
+    Rows are read with what pads them, so that masks are those of whole vectors.
+    """
     cols = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     part = tl.program_id(1)
     positive, negative = tl.zeros([BLOCK_V], tl.float32), tl.zeros([BLOCK_V], tl.float32)
     for row in range(part * N_ROWS, tl.minimum((part + 1) * N_ROWS, n)):
-        sign = tl.load(signs_ptr + row)
-        row_ptr = dlogits_ptr + tl.cast(row, tl.int64) * stride_dlogits_n
-        gradient = tl.load(row_ptr + cols, mask=(cols < V) & (sign != 0), other=0.0).to(tl.float32)
-        positive += tl.where(sign > 0, gradient, 0.0)
-        negative += tl.where(sign < 0, gradient, 0.0)
+        sign = tl.load(signs_ptr + row).to(tl.int32)
+        if sign != 0:
+            row_ptr = dlogits_ptr + tl.cast(row, tl.int64) * stride_dlogits_n
+            gradient = tl.load(row_ptr + cols, mask=cols < stride_dlogits_n, other=0.0).to(tl.float32)
+            positive += tl.where(sign > 0, gradient, 0.0)
+            negative += tl.where(sign < 0, gradient, 0.0)
     part_ptr = sums_ptr + tl.cast(part, tl.int64) * 2 * V
     tl.store(part_ptr + cols, positive, mask=cols < V)
     tl.store(part_ptr + V + cols, negative, mask=cols < V)
@@ -264,22 +268,22 @@ def class_sums_kernel(
 
 @triton.jit
 def keep_classes_kernel(
-    dlogits_ptr,  # [K, V], packed in place
-    place_ptr,  # [V] int32: where a class goes, not behind where it is; -1 if it is left out
+    dlogits_ptr,  # [K, stride_dlogits_k], packed in place: rows with what pads them
+    place_ptr,  # [stride_dlogits_k] int32: where a class goes, not behind where it is; -1 if it is left out; -2: no class
     sums_ptr,  # [K] fp32: of the classes left out
-    stride_dlogits_k, V,
+    stride_dlogits_k,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One program a row, which reads each block before it writes over it or what comes before it."""
     row = tl.cast(tl.program_id(0), tl.int64)
     row_ptr = dlogits_ptr + row * stride_dlogits_k
     left_out = tl.zeros([BLOCK_V], tl.float32)
-    for start in range(0, V, BLOCK_V):
+    for start in range(0, stride_dlogits_k, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
-        mask = cols < V
+        mask = cols < stride_dlogits_k
         gradient = tl.load(row_ptr + cols, mask=mask, other=0.0)
-        place = tl.load(place_ptr + cols, mask=mask, other=-1)
-        left_out += tl.where(place < 0, gradient.to(tl.float32), 0.0)
+        place = tl.load(place_ptr + cols, mask=mask, other=-2)
+        left_out += tl.where(place == -1, gradient.to(tl.float32), 0.0)
         tl.debug_barrier()
         tl.store(row_ptr + place, gradient, mask=place >= 0)
     tl.store(sums_ptr + row, tl.sum(left_out, 0))
@@ -300,5 +304,7 @@ def add_rows_kernel(
     for start in range(0, D, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)
         mask = cols < D
-        total = tl.load(total_ptr + cols, mask=mask)
-        tl.store(total_ptr + cols, total + tl.load(addend_ptr + cols, mask=mask), mask=mask)
+        total, addend = tl.load(total_ptr + cols, mask=mask), tl.load(addend_ptr + cols, mask=mask)
+        if total.dtype.primitive_bitwidth < 32:
+            total, addend = total.to(tl.float32), addend.to(tl.float32)
+        tl.store(total_ptr + cols, total + addend, mask=mask)

@@ -297,14 +297,14 @@ def keep_classes(dlogits, classes):
     Returns the sums [K] of the rows over the other classes, in float32.
     """
     K, V = dlogits.shape
-    place = torch.full((V,), -1, dtype=torch.int32, device=dlogits.device)
+    place = torch.full((dlogits.stride(0),), -2, dtype=torch.int32, device=dlogits.device)
+    place[:V] = -1
     place[classes] = torch.arange(len(classes), dtype=torch.int32, device=dlogits.device)
     sums = torch.empty(K, dtype=torch.float32, device=dlogits.device)
     with _device(dlogits):
         kernels.keep_classes_kernel[(K,)](
-            dlogits, place, sums, dlogits.stride(0), V,
-            BLOCK_V=COPY_V, **_launch_options(2 * COPY_WARPS, dlogits.device),
-        )  # fmt: skip
+            dlogits, place, sums, dlogits.stride(0), BLOCK_V=COPY_V, **_launch_options(2 * COPY_WARPS, dlogits.device)
+        )
     return sums
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import heads, suite
+from . import heads, states, suite
 from .measure import Observed, Provider
 from .suite import THRESHOLD, Suite
 
@@ -74,4 +74,7 @@ SUITE = Suite(
 
 
 def main(arguments: list[str]) -> int:
+    """With --states FILE, on those; otherwise on random numbers."""
+    if any(argument.partition("=")[0] == "--states" for argument in arguments):
+        return states.main(arguments)
     return suite.main(SUITE, arguments)

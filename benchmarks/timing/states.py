@@ -1,0 +1,222 @@
+"""Time and error of a head on the hidden states of a real model: gradients exact, or within a tolerance."""
+
+import argparse
+import functools
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from matplotlib.ticker import NullLocator
+from torch import Tensor
+from tqdm import tqdm
+
+import tce_kernels
+
+from .. import INTERRUPTED, plots, report
+from ..states import file
+from . import heads
+from .measure import OURS, Inexact, Observed, Provider, compete
+from .suite import DTYPES, THRESHOLD
+
+THRESHOLDS = (1.0, THRESHOLD)
+TOLERANCES = (0.0, 0.001, 0.003, 0.01)
+ROUNDS = 5
+CHECKED_ROWS = 256
+# Of gradients that are meant to be exact, in norm; see heads.check.
+ALLOWED = {torch.float32: 3e-5, torch.bfloat16: 0.03, torch.float16: 0.03}
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+class Found(NamedTuple):
+    """What the check of a provider has found: relative errors in norm, and the share of the classes that took part."""
+
+    dinput_error: float
+    dweight_error: float
+    class_fraction: float
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks linear --states FILE", description=__doc__)
+    parser.add_argument("--states", type=Path, required=True, help="a file that python -m benchmarks states has made")
+    parser.add_argument("--quick", action="store_true", help=f"threshold {THRESHOLD} and fewer rounds")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    args = parser.parse_args(arguments)
+    device = report.default_device()
+    try:
+        states = file.load(args.states, device)
+    except (OSError, ValueError) as error:
+        print(error)
+        return 1
+    if states.linear_bias is not None or states.softcap is not None:
+        print("The heads of the peers have neither bias nor softcap: nothing to compare with.")
+        return 1
+    dtype = getattr(torch, args.dtype)
+    inputs = (
+        (states.input.float() * states.logit_scale).to(dtype).requires_grad_(),
+        states.linear_weight.to(dtype).requires_grad_(),
+        states.target,
+    )
+    rounds = 3 if args.quick else ROUNDS
+    heading = [
+        report.describe(device),
+        f"{states.description}; measured in {args.dtype}, forward and backward, {rounds} interleaved rounds",
+    ]
+    print(*heading, sep="\n")
+    path = report.results_path(device, "linear_states.csv", args.quick or args.dtype != "float32")
+    results, status = run(inputs, THRESHOLDS[1:] if args.quick else THRESHOLDS, rounds, args.quick, path, heading)
+    if results:
+        report.publish(path, heading, results, as_table(results))
+        picture(heading, results, path.with_suffix(".png"))
+        report.announce(path.with_suffix(".png"))
+    for line in heads.missing(device, args.quick):
+        print(line)
+    return status
+
+
+def run(
+    inputs: Inputs, thresholds: tuple[float, ...], rounds: int, quick: bool, path: Path, heading: list[str]
+) -> tuple[list[dict], int]:
+    """The rows of all thresholds, saved after each, and the exit status."""
+    results = []
+    with tqdm(leave=False, unit="run", total=0) as progress:
+        try:
+            for i, threshold in enumerate(thresholds):
+                progress.set_postfix_str("reference")
+                expected = {wanted: exact_gradients(inputs, wanted) for wanted in {1.0, threshold}}
+                field = providers(inputs, threshold, expected[threshold][2], quick)
+                progress.total += rounds * len(field)
+                found = {}
+                check = functools.partial(admissible, inputs, threshold, expected, found)
+                rows = compete(field, inputs, check, rounds, i == 0, math.inf, progress)
+                for row, tolerance in zip(rows, TOLERANCES, strict=False):  # ours come first
+                    row["gradient_tolerance"] = tolerance
+                for row in rows:
+                    errors = found.get((row["label"], row.get("gradient_tolerance")))
+                    nothing = dict.fromkeys(Found._fields, math.nan) | {"gradient_tolerance": math.nan}
+                    results.append(dict(threshold=threshold) | nothing | row | (errors._asdict() if errors else {}))
+                report.save(path, heading, results)
+        except KeyboardInterrupt:
+            return results, INTERRUPTED
+        except Inexact as error:
+            progress.write(f"threshold {threshold}, {OURS}: {error}")
+            return results, 1
+    return results, 0
+
+
+def ours(input: Tensor, linear_weight: Tensor, target: Tensor, threshold: float, tolerance: float) -> Tensor:
+    return tce_kernels.linear_truncated_cross_entropy(
+        input, linear_weight, target, threshold, gradient_tolerance=tolerance
+    )
+
+
+def providers(inputs: Inputs, threshold: float, truncated: float, quick: bool) -> list[list[Provider]]:
+    """Ours at each tolerance, then the peers and the floor, as in the suite `linear`."""
+    input, _, target = inputs
+    field = [
+        [Provider(OURS, functools.partial(ours, threshold=threshold, tolerance=tolerance))] for tolerance in TOLERANCES
+    ]
+    others = heads.providers(len(target), input.dtype, truncated, input.device, quick)[1:]
+    # Nothing is truncated at threshold 1, where those who would are no peers.
+    return field + [sizes for sizes in others if threshold < 1 or sizes[0].is_floor or not sizes[0].truncates]
+
+
+def exact_gradients(inputs: Inputs, threshold: float) -> tuple[Tensor, Tensor, float]:
+    """Of input and weight in float64, a block of rows at a time; and the share of the rows that are truncated."""
+    input, linear_weight, target = (tensor.detach() for tensor in inputs)
+    weight, N = linear_weight.double(), len(target)
+    dinput, dweight = torch.empty_like(input, dtype=torch.double), torch.zeros_like(weight)
+    n_kept = 0
+    for start in range(0, N, CHECKED_ROWS):
+        rows = slice(start, start + CHECKED_ROWS)
+        x, t = input[rows].double(), target[rows]
+        p = F.softmax(x @ weight.T, 1)
+        of_target = p.gather(1, t[:, None])
+        p.scatter_add_(1, t[:, None], -torch.ones_like(of_target))
+        p *= (of_target <= threshold) / N
+        dinput[rows] = p @ weight
+        dweight.addmm_(p.T, x)
+        n_kept += (of_target <= threshold).sum().item()
+    return dinput, dweight, 1 - n_kept / N
+
+
+def admissible(
+    inputs: Inputs, threshold: float, expected: dict, found: dict, provider: Provider, observed: Observed
+) -> None:
+    """Note the errors of a provider; raise Inexact if they are larger than its arithmetic, or tolerance, explains."""
+    tolerance = provider.loss.keywords["tolerance"] if provider.name == OURS else None
+    dinput, dweight, _ = expected[threshold if provider.truncates else 1.0]
+    errors = [
+        ((gradient - wanted).norm() / wanted.norm()).item()
+        for gradient, wanted in zip(observed.gradients, (dinput, dweight), strict=True)
+    ]
+    allowed = max(ALLOWED[observed.gradients[0].dtype], 2.5 * (tolerance or 0))
+    if not max(errors) <= allowed:
+        raise Inexact(f"the gradients are {errors[0]:.1e} and {errors[1]:.1e} from float64's, in norm")
+    fraction = math.nan
+    if tolerance is not None:
+        _, stats = tce_kernels.linear_truncated_cross_entropy(
+            *inputs, threshold, gradient_tolerance=tolerance, return_stats=True
+        )
+        fraction = stats.class_fraction.item()
+    found[provider.label, tolerance] = Found(*errors, fraction)
+
+
+def as_table(rows: list[dict]) -> list[dict]:
+    table = []
+    for row in rows:
+        is_ours = not math.isnan(row["gradient_tolerance"])
+        table.append(
+            {
+                "threshold": row["threshold"],
+                "head, loss and gradients": row["label"],
+                "tolerance": f"{row['gradient_tolerance']:g}" if is_ours else "",
+                "median ms": f"{row['ms_p50']:.4g}",
+                "p20-p80 ms": f"{row['ms_p20']:.4g} - {row['ms_p80']:.4g}",
+                "time / fastest peer": f"{row['time_over_fastest_peer']:.2f}",
+                "time / matmuls alone": f"{row['time_over_floor']:.2f}",
+                "classes": f"{row['class_fraction']:.1%}" if is_ours else "",
+                "error of dinput": "" if row["is_floor"] else f"{row['dinput_error']:.1e}",
+                "error of dweight": "" if row["is_floor"] else f"{row['dweight_error']:.1e}",
+                "extra peak MiB": f"{row['extra_peak_MiB']:.0f}",
+            }
+        )
+    return table
+
+
+def picture(heading: list[str], rows: list[dict], path: Path) -> None:
+    """Time over the error of the input's gradient, a panel per threshold."""
+    thresholds = list(dict.fromkeys(row["threshold"] for row in rows))
+    figure, panels = plots.new_figure(len(thresholds), 4.2)
+    names = list(dict.fromkeys(row["label"] for row in rows if not row["is_floor"] and row["provider"] != OURS))
+    for panel, threshold in zip(panels, thresholds, strict=True):
+        of_panel = [row for row in rows if row["threshold"] == threshold]
+        mine = [row for row in of_panel if row["provider"] == OURS]
+        points = [(row["dinput_error"], row["ms_p50"]) for row in mine]
+        panel.plot(*zip(*points, strict=True), "o-", color=plots.COLOURS[0], linewidth=2.4, label=OURS, zorder=4)
+        for row, point in zip(mine[1:], points[1:], strict=True):
+            panel.annotate(
+                f"{row['gradient_tolerance']:g}", point, (6, 6), textcoords="offset points", color=plots.COLOURS[0]
+            )
+        for row in of_panel:
+            if row["label"] in names:
+                i = names.index(row["label"])
+                colour = plots.COLOURS[1 + i % (len(plots.COLOURS) - 1)]
+                hollow = not row["truncates"] and threshold < 1
+                panel.plot(
+                    row["dinput_error"], row["ms_p50"], "sD^vP*X"[i % 7], color=colour, label=row["label"],
+                    markerfacecolor="white" if hollow else colour,
+                )  # fmt: skip
+            elif row["is_floor"]:
+                panel.axhline(row["ms_p50"], color="0.4", linestyle="--", linewidth=1, label=row["provider"])
+        panel.set(xscale="log", ylim=(0, None), title=f"threshold {threshold:g}", ylabel="time of one step (ms)")
+        panel.set_xlabel("relative error of the input's gradient (norm)")
+        panel.yaxis.set_minor_locator(NullLocator())
+    entries = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=2, title="numbers: tolerance")
+    plots.finish(figure, heading, path)
