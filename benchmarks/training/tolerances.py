@@ -121,14 +121,16 @@ def compare(quick: bool, first_seed: int) -> int:
     print(*heading, sep="\n")
     tasks = [(variant, seed, steps) for seed in range(first_seed, first_seed + seeds) for variant in VARIANTS]
     finished = []
+    path = report.results_path(device, "tolerances.csv", quick)
     status = 0
     try:
         for trained in in_processes(text, tasks, 1 if device.type == "cuda" else os.cpu_count()):
             finished.append(trained)
+            finished.sort(key=lambda each: (each.seed, list(VARIANTS).index(each.variant)))
+            report.save(path, heading, [each._asdict() for each in finished])
     except KeyboardInterrupt:
         status = INTERRUPTED
     if finished:
-        finished.sort(key=lambda trained: (trained.seed, list(VARIANTS).index(trained.variant)))
         publish(heading, finished, device, quick)
     return status
 
