@@ -269,7 +269,7 @@ def class_sums_kernel(
 @triton.jit
 def keep_classes_kernel(
     dlogits_ptr,  # [K, stride_dlogits_k], packed in place: rows with what pads them
-    place_ptr,  # [stride_dlogits_k] int32: where a class goes, not behind where it is; -1 if it is left out; -2: no class
+    place_ptr,  # [stride_dlogits_k] int32: where a class goes, not beyond where it is; -1: left out; -2: padding
     sums_ptr,  # [K] fp32: of the classes left out
     stride_dlogits_k,
     BLOCK_V: tl.constexpr,
