@@ -315,12 +315,23 @@ def linear_truncated_cross_entropy(
         target: (...) int32 or int64, in [0, V) or `ignore_index`. A bad target is an IndexError on a CPU; on a GPU its
             loss is NaN, and so is the gradient of the whole weight, which sums over the rows.
         linear_bias: (V,), the dtype of the input, or None.
-        chunk_size: how many rows have their logits in memory at a time. "auto" is 1024 on a CPU and elsewhere
-            max(2048, 2^29 // (V * bytes of a logit)). Peak memory beyond inputs and gradients is that of
-            1.5 chunk_size V logits, and up to 24 MiB on a CPU. Chunks change the order of sums, nothing else.
+        chunk_size: how many rows have their logits in memory at a time. "auto" is 1024 on a CPU; elsewhere rows are
+            split evenly into chunks that are multiples of 1024 rows, of at most 4096 rows or 2^30 bytes of logits,
+            whichever is more. Peak memory beyond inputs and gradients is that of 1.5 chunk_size V logits, and up to
+            24 MiB on a CPU. Chunks change the order of sums, nothing else.
         accumulate_dtype: of the sums over rows in the gradients of weight and bias, which are rounded once, at the end;
             never narrower than the matmuls. The sums stay in it inside the matmul where torch and the device can
             (addmm with out_dtype). Where they cannot, as on a CPU, a 16-bit matmul rounds its product for each chunk.
+            The sum over the classes in the gradient of the input stays inside its matmul, whose parts cuBLAS may round
+            to 16 bits unless torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction (or fp16) is False.
+        gradient_tolerance: in [0, 1), the largest share of a chunk's absolute gradient mass (the sum of |dlogits| over
+            the rows whose gradients are made together) whose classes may be left out of the two matmuls of the
+            gradients. They stand in as the product of their marginals, so that the sums of dlogits over rows and over
+            classes, and with them the gradient of the bias, stay exact to rounding; so do loss and statistics. 0, the
+            default, leaves nothing out. Not exact: {ERRORS} Targets always take part, and all
+            classes where more than 70% would, as with a model that is not trained yet, or with both label_smoothing
+            and softcap. With `return_stats`, `class_fraction` is the share that took part. backend="reference" and
+            forward mode compute the exact gradient whatever it is.
         allow_retain_graph: make the logits of the kept rows again at each backward, as reduction="none" does, instead
             of the gradients during the forward call. Not needed for retain_graph=True.
         threshold and the other options: as in `truncated_cross_entropy`.

@@ -23,6 +23,7 @@ from .torch_ops import row_factors
 # Where more of the classes than this are left, all of them take part, which is then quicker.
 DENSE_ABOVE = 0.7
 TILE_CLASSES = 64  # of which the number of classes is a multiple, so that rows start and end where matmuls like it
+ONE = 2**40  # of shares as integers
 TAIL_SCALE = 256  # of shares of about 1 / V, so that they are no subnormal numbers in float16
 
 
@@ -136,9 +137,11 @@ class GradientsOfHeaviestClasses(Gradients):
 
         positive_sums, negative_sums = self.sums + self.sums_of_ones[:, None]
         masses = positive_sums - negative_sums
-        total = masses.sum() + self.mass_of_targets
-        masses, self.order = masses.masked_fill(self.is_target[:V], torch.inf).sort()
-        n_left_out = (masses.cumsum(0) <= self.tolerance * total).sum()
+        shares = masses / (masses.sum() + self.mass_of_targets)
+        # Never left out: targets, and whatever a NaN has touched.
+        shares, self.order = torch.where(self.is_target[:V] | ~(shares <= 1), 2, shares).sort()
+        # In integers, since a GPU adds up floats in an order that may differ from call to call.
+        n_left_out = ((shares * ONE).ceil().long().cumsum(0) <= int(self.tolerance * ONE)).sum()
         return torch.stack([n_left_out, self.n_negative])
 
     def learn(self, n_left_out: int, n_negative: int) -> None:

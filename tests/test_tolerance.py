@@ -28,7 +28,7 @@ def make_head(dtype, device, spread=1.6, seed=0, n=N):
     return *(tensor.to(dtype).to(device) for tensor in (input, weight, bias)), target.to(device)
 
 
-def exact_gradients(loss, input, weight, bias, target, **options):
+def exact_gradients(loss, input, weight, bias, target, /, **options):
     double = [tensor.double() for tensor in (input, weight, bias)]
     options = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
     return linear_loss_and_gradients(loss, *double, target, backend="reference", **options)[1]
