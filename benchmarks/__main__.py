@@ -7,8 +7,8 @@ from types import ModuleType
 
 from . import INTERRUPTED, UNAVAILABLE
 
-# Each with its module, which has main(arguments) -> exit status; main(["--quick"]) takes a minute or two, but for those
-# that need to be told what of.
+# Each with its module, which has main(arguments) -> exit status; main(["--quick"]) takes a minute or two, but for
+# "states", which does not know which model is meant.
 SUBCOMMANDS = {
     "logits": ("timing.logits", "time and memory of one loss and its gradient on given logits"),
     "linear": ("timing.linear", "time and memory of linear layer, loss and gradients, without all logits in memory"),
@@ -17,8 +17,7 @@ SUBCOMMANDS = {
     "train": ("training.train", "train a small language model with each loss on Python's own documentation"),
     "collapse": ("collapse.command", "models trained again and again on their own output, with and without truncation"),
 }
-NOT_QUICK = {"states"}
-EXTRA = {"matplotlib", "scipy", "sklearn", "tabulate", "tokenizers", "tqdm", "transformers"}
+EXTRAS = {"bench": {"matplotlib", "scipy", "sklearn", "tabulate", "tokenizers", "tqdm"}, "states": {"transformers"}}
 
 
 def main() -> int:
@@ -46,7 +45,7 @@ def main() -> int:
         return module.main(sys.argv[2:]) if module else 1
     worst = 0
     for name, (path, _) in SUBCOMMANDS.items():
-        if name in NOT_QUICK:
+        if name == "states":
             continue
         module = load(name, path)
         status = module.main(["--quick"]) if module else 1
@@ -63,9 +62,9 @@ def load(name: str, path: str) -> ModuleType | None:
     try:
         return importlib.import_module(f"benchmarks.{path}")
     except ModuleNotFoundError as error:
-        if error.name not in EXTRA:
+        extra = next((extra for extra, packages in EXTRAS.items() if error.name in packages), None)
+        if extra is None:
             raise
-        extra = "bench,states" if error.name == "transformers" else "bench"
         print(f'{name}: {error.name} is not installed: pip install -e ".[{extra}]"')
         return None
 

@@ -410,3 +410,95 @@ def test_gradients_are_compared_on_paired_seeds(tolerances, monkeypatch, tmp_pat
             assert (other["cross_entropy"] == exact["cross_entropy"]) == (other["share"] == 1)
         assert others[-1]["share"] < 0.5
     assert rows[0]["cross_entropy"] != rows[4]["cross_entropy"]
+
+
+@pytest.fixture
+def states():
+    pytest.importorskip("tqdm", reason="only python -m benchmarks needs it")
+    from benchmarks.states import file, rows
+
+    return SimpleNamespace(file=file, rows=rows)
+
+
+class Letters:
+    """A tokenizer of 26 letters. It begins a text with token 26, as some do."""
+
+    bos_token_id = 26
+
+    def __call__(self, text, add_special_tokens=True, **options):
+        ids = [self.bos_token_id] * add_special_tokens + [ord(letter) - ord("a") for letter in text]
+        return SimpleNamespace(input_ids=torch.tensor([ids]) if options else ids)
+
+
+class Model(torch.nn.Module):
+    """Predicts from the sum of the tokens so far, with all that the file can say of a head."""
+
+    def __init__(self, factor=1.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head, self.factor = torch.nn.Embedding(27, 8), torch.nn.Linear(8, 27), factor
+        config = SimpleNamespace(logit_scale=0.5, final_logit_softcapping=2.0)
+        self.config = SimpleNamespace(get_text_config=lambda: config)
+        self.device = torch.device("cpu")
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, tokens, use_cache):
+        hidden = self.factor * self.embedding(tokens).cumsum(1)
+        return SimpleNamespace(logits=self.factor * 2 * torch.tanh(0.5 * self.head(hidden) / 2))
+
+
+def test_windows_predict_every_token_once(states):
+    sequences = list(states.rows.windows(Letters(), "abcdefgh", 3))
+    assert [sequence.tolist() for sequence in sequences] == [[26, 0, 1, 2], [26, 3, 4, 5], [26, 6, 7]]
+
+
+def test_saved_states_give_the_logits_of_the_model(states, tmp_path):
+    model, sequences = Model(), [torch.tensor([3, 1, 4, 1, 5]), torch.tensor([9, 2, 6]), torch.tensor([5, 3])]
+    rows = [(sequences[0], 2), (sequences[1], 0), (sequences[2], 0)]
+    states.file.save(states.rows.collect(model, iter(rows), 3), tmp_path / "states.pt")
+    found = states.file.load(tmp_path / "states.pt", torch.device("cpu"))
+    assert found.target.tolist() == [1, 5, 2]
+    logits = found.logit_scale * F.linear(found.input, found.linear_weight, found.linear_bias)
+    logits = found.softcap * torch.tanh(logits / found.softcap)
+    wanted = [model(sequence[None, :-1], use_cache=False).logits[0] for sequence in sequences]
+    torch.testing.assert_close(logits, torch.cat([wanted[0][2:], wanted[1][:1]]))
+
+
+def test_what_makes_no_file_of_states(states, tmp_path):
+    with pytest.raises(ValueError, match="what follows the model's head is not known here"):
+        states.rows.collect(Model(factor=1.01), iter([(torch.tensor([3, 1, 4]), 0)]), 2)
+    with pytest.raises(ValueError, match="too short"):
+        states.rows.collect(Model(), iter([]), 2)
+    torch.save({"input": torch.ones(3, 2)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="linear_weight"):
+        states.file.load(tmp_path / "other.pt", torch.device("cpu"))
+
+
+def test_states_of_a_model_s_own_samples(states, tmp_path, capsys):
+    """From a folder, greedily: each target is the class of the largest logit."""
+    transformers = pytest.importorskip("transformers", reason="python -m benchmarks states needs it")
+    pytest.importorskip("tabulate", reason="only python -m benchmarks needs it")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from benchmarks.states import command
+
+    tokenizer = Tokenizer(models.WordLevel({chr(ord("a") + i): i for i in range(26)}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=26, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=None, eos_token_id=None, initializer_range=1.0,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    (tmp_path / "text").write_text("abcdefghijklmnopqrstuvwxyz" * 4)
+    arguments = ["--model", str(tmp_path), "--text", str(tmp_path / "text"), "--out", str(tmp_path / "states.pt")]
+    assert command.main([*arguments, "--rows", "20", "--context", "16", "--sample", "greedy"]) == 0
+    found = states.file.load(tmp_path / "states.pt", torch.device("cpu"))
+    assert found.input.shape == (20, 16)
+    assert found.target.equal(F.linear(found.input, found.linear_weight).argmax(1))
+    assert f"{tmp_path.name} on its own greedy samples after parts of text: 20 rows" in found.description
+    assert command.main(["--model", str(tmp_path / "none"), *arguments[2:]]) == 1
+    assert "states: " in capsys.readouterr().out

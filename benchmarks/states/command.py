@@ -12,12 +12,11 @@ from pydoc_data.topics import topics
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from .. import INTERRUPTED, report
 from . import file
-from .file import States
+from .rows import collect, windows
 
 DTYPES = ["float32", "bfloat16", "float16"]
 GENERATED_TOGETHER = 8  # texts
@@ -45,20 +44,23 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     args = parser.parse_args(arguments)
 
+    if not args.out.parent.is_dir():
+        parser.error(f"there is no folder {args.out.parent}")
     torch.manual_seed(args.seed)
     try:
+        text = (
+            args.text.read_text(encoding="utf-8") if args.text else "\n\n".join(topics[key] for key in sorted(topics))
+        )
         model, tokenizer = load(args.model, getattr(torch, args.dtype), report.default_device())
-    except (OSError, ImportError, ValueError) as error:  # no such model, a package for it is missing, unknown kind
-        print(f"{args.model} cannot be loaded: {error}")
-        return 1
-    text = args.text.read_text(encoding="utf-8") if args.text else "\n\n".join(topics[name] for name in sorted(topics))
-    try:
         sequences = windows(tokenizer, text, args.context)
-        if args.sample is not None:
-            sequences = continued(model, sequences, args.context // PROMPT_SHARE, args.sample)
-        else:
+        if args.sample is None:
             sequences = ((sequence, 0) for sequence in sequences)
+        else:
+            sequences = continued(model, sequences, max(args.context // PROMPT_SHARE, 1), args.sample)
         states = collect(model, sequences, args.rows)
+    except (OSError, ImportError, ValueError) as error:  # no such file or model, a package is missing, an unknown kind
+        print(f"states: {error}")
+        return 1
     except KeyboardInterrupt:
         return INTERRUPTED
     source = args.text.name if args.text else "pydoc_data.topics"
@@ -68,9 +70,9 @@ def main(arguments: list[str]) -> int:
     (N, D), V = states.input.shape, len(states.linear_weight)
     description = f"{name} on {source}: {N} rows, windows of {args.context} tokens, D {D}, V {V}, {args.dtype}"
     file.save(states._replace(description=description), args.out)
-    if N < args.rows:
-        print(f"The text has fewer than {args.rows} tokens.")
     print(description, f"Saved {args.out}", sep="\n")
+    if N < args.rows:
+        print(f"That is all of the text, {N} rows of the {args.rows} that were asked for.")
     return 0
 
 
@@ -81,17 +83,6 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module
         name, options = str(Path(name).parent), dict(gguf_file=Path(name).name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     return model.to(device).eval(), AutoTokenizer.from_pretrained(name, **options)
-
-
-def windows(tokenizer, text: str, context: int) -> Iterator[Tensor]:
-    """Tokens [context + 1] that cover the text once, the first or the last of each twice."""
-    tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
-    # Where a tokenizer begins a text with a token of its own, models rely on it.
-    first = torch.tensor([token for token in tokenizer("").input_ids if token == tokenizer.bos_token_id]).long()
-    length = context + 1 - len(first)
-    for start in range(0, len(tokens) - 1, context):
-        if len(window := tokens[start : start + length]) > 1:
-            yield torch.cat([first, window])
 
 
 @torch.no_grad()
@@ -113,46 +104,6 @@ def continued(
         for sequence, ended in zip(written, is_end, strict=True):
             length = ended.int().argmax() + 1 if ended.any() else n_new
             yield sequence[: prompt + length], prompt - 1
-
-
-@torch.no_grad()
-def collect(model: nn.Module, sequences: Iterator[tuple[Tensor, int]], N: int) -> States:
-    """The first N rows of all sequences, each from its given row on; fewer if there are no more."""
-    head = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    states = States(
-        None, head.weight, None, head.bias, scale, getattr(config, "final_logit_softcapping", None), description=""
-    )
-    given = []
-    handle = head.register_forward_pre_hook(lambda head, arguments: given.append(arguments[0]))
-    inputs, targets, missing = [], [], N
-    with tqdm(total=N, unit="row", leave=False) as progress:
-        for sequence, first in sequences:
-            sequence = sequence.to(model.device)
-            given.clear()
-            logits = model(sequence[None, :-1], use_cache=False).logits[0]
-            [[input]] = given
-            if not inputs:
-                refuse_other_heads(states._replace(input=input), logits)
-            inputs.append(input[first:][:missing].cpu())
-            targets.append(sequence[1:][first:][:missing].cpu())
-            progress.update(len(targets[-1]))
-            missing -= len(targets[-1])
-            if not missing:
-                break
-    handle.remove()
-    return states._replace(input=torch.cat(inputs), target=torch.cat(targets))
-
-
-def refuse_other_heads(states: States, logits: Tensor) -> None:
-    """Raise ValueError unless the model makes its logits as the file will say."""
-    mine = states.logit_scale * nn.functional.linear(states.input, states.linear_weight, states.linear_bias).float()
-    if states.softcap is not None:
-        mine = states.softcap * torch.tanh(mine / states.softcap)
-    error = ((mine - logits).norm() / logits.float().norm()).item()
-    if not error < 10 * torch.finfo(states.input.dtype).eps:
-        raise ValueError(f"what follows the head of this model is not known here: its logits differ by {error:.0e}")
 
 
 def _positive(text: str) -> int:
