@@ -328,11 +328,11 @@ def linear_truncated_cross_entropy(
             the rows whose gradients are made together) whose classes may be left out of the two matmuls of the
             gradients. They stand in as the product of their marginals, so that the sums of dlogits over rows and over
             classes, and with them the gradient of the bias, stay exact to rounding; so do loss and statistics. 0, the
-            default, leaves nothing out. Not exact: on hidden states of SmolLM2-135M the relative
-            errors in norm were 5.7e-4 (input) and 1.7e-4 (weight) at 0.001, 1.7e-3 and 5.7e-4 at 0.003, 5.1e-3 and
-            2.3e-3 at 0.01. Targets always take part, and all classes where more than 70% would, as with a model that
-            is not trained yet, or with both label_smoothing and softcap. With `return_stats`, `class_fraction` is the share that took part. backend="reference" and
-            forward mode compute the exact gradient whatever it is.
+            default, leaves nothing out. Not exact: on hidden states of SmolLM2-135M the relative errors in norm were
+            5.7e-4 (input) and 1.7e-4 (weight) at 0.001, 1.7e-3 and 5.7e-4 at 0.003, 5.1e-3 and 2.3e-3 at 0.01. Targets
+            always take part, and all classes where more than 70% would, as with a model that is not trained yet, or
+            with both label_smoothing and softcap. `return_stats` tells the share that took part, `class_fraction`.
+            backend="reference" and forward mode compute the exact gradient whatever it is.
         allow_retain_graph: make the logits of the kept rows again at each backward, as reduction="none" does, instead
             of the gradients during the forward call. Not needed for retain_graph=True.
         threshold and the other options: as in `truncated_cross_entropy`.
