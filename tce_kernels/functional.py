@@ -332,6 +332,7 @@ def linear_truncated_cross_entropy(
             5.7e-4 (input) and 1.7e-4 (weight) at 0.001, 1.7e-3 and 5.7e-4 at 0.003, 5.1e-3 and 2.3e-3 at 0.01. Targets
             always take part, and all classes where more than 70% would, as with a model that is not trained yet, or
             with both label_smoothing and softcap. `return_stats` tells the share that took part, `class_fraction`.
+            Takes memory for the weight's rows of those classes, in the dtypes of the matmuls and of the sums.
             backend="reference" and forward mode compute the exact gradient whatever it is.
         allow_retain_graph: make the logits of the kept rows again at each backward, as reduction="none" does, instead
             of the gradients during the forward call. Not needed for retain_graph=True.

@@ -42,9 +42,6 @@ class Gradients:
         self.bias = head.weight.new_zeros(V if self.needs_bias else 0, dtype=total_dtype)
         self.beta = 0  # the first product is written, not added, so the weight's total starts uninitialised
 
-    def learn(self) -> None:
-        pass
-
     def add(self, dlogits: Tensor, rows: Tensor) -> None:
         """Take in the gradients of the logits [K, V] of some rows [K]."""
         if self.needs_input:
@@ -200,10 +197,11 @@ class GradientsOfHeaviestClasses(Gradients):
     def finished(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
         if self.tails:
             shares = torch.stack([tail.shares for tail in self.tails])
-            if self.needs_input:
-                self._add_tails_to_input(shares)
-            if self.needs_weight:
-                self._add_tails_to_weight(shares)
+            with torch.autocast(self.head.input.device.type, enabled=False):  # the dtypes have been chosen
+                if self.needs_input:
+                    self._add_tails_to_input(shares)
+                if self.needs_weight:
+                    self._add_tails_to_weight(shares)
         return super().finished(shape)
 
     def _add_tails_to_input(self, shares: Tensor) -> None:

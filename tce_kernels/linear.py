@@ -71,7 +71,10 @@ PLAIN = "{form}, " + CHUNKS_SCHEMA + ", ScalarType dtype, str backend, bool[] ne
 GRADIENTS = "Tensor dinput, Tensor dweight, Tensor dbias"
 
 
-def _gradients(head: Head, needs: Sequence[bool], chunks: Chunks, row_operations, form: Form, row_grad, rows):
+def _gradients(
+    head: Head, needs: Sequence[bool], chunks: Chunks, row_operations, form: Form, row_grad: Tensor, rows: Tensor
+) -> Gradients:
+    """Exact, or within the tolerance where entries have the sign that it takes."""
     tolerance = float(chunks.gradient_tolerance)
     if tolerance == 0 or form.label_smoothing and form.softcap is not None:
         return Gradients(head, needs, chunks.accumulate_dtype)
@@ -117,7 +120,8 @@ def linear_loss(input, weight, bias, target, row_scale, param, *plain):
         loss[chunk], rows[:, chunk], kept, counted = row_operations.loss_and_kept_dlogits(
             logits, flat_target[chunk], flat_scale[chunk], param, form, gradients.count
         )
-        gradients.learn(*counted)
+        if counted:
+            gradients.learn(*counted)
         return chunk[kept]
 
     live = (flat_target != form.ignore_index).nonzero().squeeze(1)
@@ -126,8 +130,8 @@ def linear_loss(input, weight, bias, target, row_scale, param, *plain):
     else:
         _through_chunks(head, live, chunks.chunk_size, backend, row_loss, None)
     class_fraction = torch.full((), gradients.class_fraction(), dtype=torch.float32, device=loss.device)
-    rows = rows.view(N_FIELDS, *target.shape)
-    return shaped(loss, target.shape), rows, class_fraction, *gradients.finished(input.shape)
+    of_rows = shaped(loss, target.shape), shaped(rows, (N_FIELDS, *target.shape))
+    return *of_rows, class_fraction, *gradients.finished(input.shape)
 
 
 @linear_loss.register_fake

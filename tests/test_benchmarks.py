@@ -420,6 +420,55 @@ def states():
     return SimpleNamespace(file=file, rows=rows)
 
 
+@pytest.fixture
+def on_states(states, timing, device, tmp_path, monkeypatch):
+    """Runs `linear --states` on a small file with rows on both sides of 0.9; its exit status and its rows."""
+    monkeypatch.setattr(timing.heads, "compiles", lambda device: False)
+    monkeypatch.setattr(timing.heads, "missing", lambda device, quick: [])
+    monkeypatch.setattr(timing.report, "announce", print)
+    monkeypatch.setattr(timing.report, "results_path", lambda device, name, partial: tmp_path / name)
+    generator = torch.Generator().manual_seed(0)
+    weight, target = torch.randn(2000, 16, generator=generator), torch.arange(40) % 8
+    input = weight[target] * torch.linspace(0.5, 1.5, 40)[:, None]
+    found = states.file.States(input, weight, target, None, 2.0, None, "forty rows")
+    states.file.save(found, tmp_path / "states.pt")
+
+    def run(*arguments):
+        status = timing.linear.main(["--states", str(tmp_path / "states.pt"), *arguments])
+        path = tmp_path / "linear_states.csv"
+        return status, timing.report.load(path)[1] if path.exists() else []
+
+    return run
+
+
+def test_heads_on_saved_states(on_states, tmp_path, capsys):
+    status, rows = on_states()
+    printed, errors_printed = capsys.readouterr()
+    assert status == 0 and "forty rows" in printed and "left out" not in printed + errors_printed
+    assert (tmp_path / "linear_states.png").stat().st_size > 1000
+    for threshold in (1.0, 0.9):
+        mine = [row for row in rows if row["threshold"] == threshold and row["provider"] == "tce_kernels"]
+        assert [row["gradient_tolerance"] for row in mine] == [0, 0.001, 0.003, 0.01]
+        fractions, errors = ([row[name] for row in mine] for name in ("class_fraction", "dinput_error"))
+        assert fractions[0] == 1 and fractions == sorted(fractions, reverse=True) and fractions[-1] < 0.5
+        assert errors[0] < 1e-5 < errors[-1] < 0.025  # rounding of p_t - 1 in float32, and what was left out
+    for name, thresholds in (("F.linear + F.cross_entropy", [1, 0.9]), ("F.linear + plain PyTorch", [0.9])):
+        assert [row["threshold"] for row in rows if row["provider"] == name] == thresholds
+
+
+@pytest.mark.parametrize("wrong", ["loss", "gradient"])
+def test_a_wrong_head_on_saved_states(on_states, timing, monkeypatch, capsys, wrong):
+    right = timing.heads.tce_kernels.linear_truncated_cross_entropy
+
+    def skewed(*arguments, **options):
+        loss = right(*arguments, **options)
+        return Skewed.apply(loss) if wrong == "gradient" else loss + 1e-3 * loss.detach()
+
+    monkeypatch.setattr(timing.heads.tce_kernels, "linear_truncated_cross_entropy", skewed)
+    assert on_states("--quick") == (1, [])
+    assert f"the {wrong}" in capsys.readouterr().out
+
+
 class Letters:
     """A tokenizer of 26 letters. It begins a text with token 26, as some do."""
 

@@ -130,6 +130,27 @@ def test_16_bits_add_their_rounding_and_no_more(backend, options, dtype, device,
             assert error_of(gradient, wanted) <= 2.5 * tolerance + 6 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("backend", FAST)
+def test_autocast_leaves_the_sums_in_float32(backend, reduction, device, monkeypatch):
+    """Of the same numbers in 16 bits it makes the same totals, and rounds what belongs to float32 tensors less."""
+    monkeypatch.setattr(head, "supported", lambda dtype, device: dtype)
+    *narrow, target = make_head(torch.bfloat16, device)
+
+    def gradients_of(tensors):
+        tensors = [tensor.requires_grad_() for tensor in tensors]
+        value = linear_truncated(
+            *tensors, target, backend=backend, gradient_tolerance=0.2, chunk_size=20, reduction=reduction
+        )
+        return torch.autograd.grad(value.sum(), tensors)
+
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        wide = gradients_of([tensor.float() for tensor in narrow])
+    for gradient, want in zip(wide, gradients_of(narrow), strict=True):
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient.bfloat16(), want)
+
+
 @pytest.mark.parametrize("needs", [n for n in itertools.product([False, True], repeat=3) if any(n)])
 @pytest.mark.parametrize("backend", FAST)
 def test_frozen_tensors(backend, needs, device):
