@@ -111,17 +111,19 @@ def _strides(rows):
     return [stride if size > 1 else 0 for stride, size in zip(rows.stride()[:2], rows.shape[:2], strict=True)]
 
 
-def _blocks(n_warps, *tensors):
+def _blocks(*tensors, warps=_n_row_warps):
     """Constexprs and compiler options: how to read and write the rows of [outer, inner, V] tensors used side by side.
 
     16 bytes at a time. Triton does so by itself where it can prove that rows are aligned: pointer and strides are
     multiples of 16. Other rows are peeled, if all tensors are off the 16-byte boundaries by the same bytes. What is
-    left goes one by one, in smaller blocks, since every address then takes registers of its own.
+    left goes one by one, in smaller blocks, since every address then takes registers of its own. warps(tensor): how
+    many share a block.
     """
     V, item = tensors[0].shape[2], tensors[0].element_size()
     starts = [(tensor.data_ptr(), *_strides(tensor)) for tensor in tensors]
     offsets = {(ptr % 16, outer * item % 16, inner * item % 16) for ptr, outer, inner in starts}
     provable = all(number % 16 == 0 for start in starts for number in start)
+    n_warps = warps(tensors[0])
     peelable = not provable and len(offsets) == 1
     while peelable and n_warps > 2 and V <= WARP * n_warps * LOGITS_PER_THREAD:  # where the cache is small
         n_warps //= 2
@@ -164,12 +166,12 @@ def _planned(plan, *tensors):
 
 def _plan_of_row_loss(logits):
     """Splits of a row, strides and options of `row_loss_kernel`."""
-    return _n_splits(logits), _strides(logits), _blocks(_n_row_warps(logits), logits)
+    return _n_splits(logits), _strides(logits), _blocks(logits)
 
 
 def _plan_of_dlogits(logits, out):
     """Splits of a row, strides and options of `dlogits_kernel`."""
-    return _n_splits(logits), _strides(out) + _strides(logits), _blocks(_n_row_warps(logits), logits, out)
+    return _n_splits(logits), _strides(out) + _strides(logits), _blocks(logits, out)
 
 
 def _plan_of_loss_and_dlogits(logits, out):
@@ -177,7 +179,7 @@ def _plan_of_loss_and_dlogits(logits, out):
     outer, inner, V = logits.shape
     if outer * inner and _n_splits(logits) > 1 and outer * inner <= _rows_in_cache(logits):
         return None
-    options = _blocks(_n_warps(logits), logits, out)
+    options = _blocks(logits, out, warps=_n_warps)
     options["ONE_BLOCK"] = V <= options["BLOCK_V"]
     return _n_programs(logits), _strides(out) + _strides(logits), options
 

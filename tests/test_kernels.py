@@ -520,8 +520,8 @@ def test_unaligned_rows_of_more_than_one_block_are_peeled(gpu, dtype, monkeypatc
     monkeypatch.setattr(triton_ops, "_device_figures", lambda device: FIGURES[gpu])
     for columns in range(2049, 60_000, 26):
         logits = torch.empty(1, 8192, columns, dtype=dtype, device="meta")
-        for n_warps in (triton_ops._n_warps(logits), triton_ops._n_row_warps(logits)):
-            options = triton_ops._blocks(n_warps, logits)
+        for warps in (triton_ops._n_warps, triton_ops._n_row_warps):
+            options = triton_ops._blocks(logits, warps=warps)
             assert options["PEEL"] and options["BLOCK_V"] < columns
 
 
@@ -533,7 +533,8 @@ def test_a_program_has_the_threads_that_its_blocks_are_for(hip, warp_size, monke
     size = triton_ops._warp_size.__wrapped__(torch.device("cuda", 0))
     monkeypatch.setattr(triton_ops, "_warp_size", lambda device: size)
     for n_warps in (2, 4, 8, 16):
-        options = triton_ops._blocks(n_warps, torch.empty(1, dtype=torch.bfloat16).expand(1, 8, 10**6))
+        logits = torch.empty(1, dtype=torch.bfloat16).expand(1, 8, 10**6)
+        options = triton_ops._blocks(logits, warps=lambda _, n=n_warps: n)
         assert options["num_warps"] * warp_size == options["THREADS"] == 32 * n_warps
         assert ("maxnreg" in options) == (hip is None)
 
