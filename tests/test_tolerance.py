@@ -120,14 +120,17 @@ def test_16_bits_add_their_rounding_and_no_more(backend, options, dtype, device,
     monkeypatch.setattr(head, "supported", lambda dtype, device: dtype)
     inputs = make_head(dtype, device)
     exact = exact_gradients(linear_truncated, *inputs, **options)
-    for tolerance, total in [(0.02, torch.float32), (0.2, dtype)]:
-        _, found = linear_loss_and_gradients(
+    eps, found = torch.finfo(dtype).eps, {}
+    for tolerance, total in [(0.02, torch.float32), (0.4, torch.float32), (0.4, dtype)]:
+        _, found[total] = linear_loss_and_gradients(
             linear_truncated, *inputs, backend=backend, gradient_tolerance=tolerance, chunk_size=20,
             accumulate_dtype=total, **options,
         )  # fmt: skip
-        for gradient, wanted in zip(found, exact, strict=True):
+        for gradient, wanted in zip(found[total], exact, strict=True):
             assert gradient.dtype == dtype
-            assert error_of(gradient, wanted) <= 2.5 * tolerance + 6 * torch.finfo(dtype).eps
+            assert error_of(gradient, wanted) <= 2.5 * tolerance + 6 * eps
+    for narrow, wide in zip(found[dtype], found[torch.float32], strict=True):
+        assert error_of(narrow, wide.double()) <= 6 * eps
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
@@ -207,13 +210,18 @@ def test_second_calls_give_the_same_bits(backend, device):
 
 
 @pytest.mark.parametrize("backend", FAST)
-def test_nan_reaches_every_gradient(backend, device):
+def test_nan_reaches_what_it_reaches_without_a_tolerance(backend, device):
     input, weight, bias, target = make_head(torch.float32, device)
     input[5] = torch.nan
-    _, found = linear_loss_and_gradients(
-        linear_truncated, input, weight, bias, target, backend=backend, gradient_tolerance=0.2
+    found, dense = (
+        linear_loss_and_gradients(
+            linear_truncated, input, weight, bias, target, backend=backend, gradient_tolerance=tolerance
+        )[1]
+        for tolerance in (0.2, 0.0)
     )
     assert found[0][5].isnan().all() and found[1].isnan().all() and found[2].isnan().all()
+    others = torch.arange(N, device=device) != 5
+    assert torch.equal(found[0][others], dense[0][others])  # a chunk with NaN leaves nothing out
 
 
 @pytest.mark.parametrize("backend", FAST)
