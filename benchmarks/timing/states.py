@@ -223,7 +223,7 @@ def picture(heading: list[str], rows: list[dict], path: Path) -> None:
     """Time over the error of the input's gradient, a panel per threshold."""
     thresholds = list(dict.fromkeys(row["threshold"] for row in rows))
     figure, panels = plots.new_figure(len(thresholds), 4.2)
-    names = list(dict.fromkeys(row["label"] for row in rows if not row["is_floor"] and row["provider"] != OURS))
+    names = list(dict.fromkeys(row["provider"] for row in rows if not row["is_floor"] and row["provider"] != OURS))
     for panel, threshold in zip(panels, thresholds, strict=True):
         of_panel = [row for row in rows if row["threshold"] == threshold]
         mine = [row for row in of_panel if row["provider"] == OURS]
@@ -231,15 +231,15 @@ def picture(heading: list[str], rows: list[dict], path: Path) -> None:
         panel.plot(*zip(*points, strict=True), "o-", color=plots.COLOURS[0], linewidth=2.4, label=OURS, zorder=4)
         for row, point in zip(mine[1:], points[1:], strict=True):
             panel.annotate(
-                f"{row['gradient_tolerance']:g}", point, (6, 6), textcoords="offset points", color=plots.COLOURS[0]
+                f"{row['gradient_tolerance']:g}", point, (-8, -16), textcoords="offset points", color=plots.COLOURS[0]
             )
         for row in of_panel:
-            if row["label"] in names:
-                i = names.index(row["label"])
+            if row["provider"] in names:
+                i = names.index(row["provider"])
                 colour = plots.COLOURS[1 + i % (len(plots.COLOURS) - 1)]
                 hollow = not row["truncates"] and threshold < 1
                 panel.plot(
-                    row["dinput_error"], row["ms_p50"], "sD^vP*X"[i % 7], color=colour, label=row["label"],
+                    row["dinput_error"], row["ms_p50"], "sD^vP*X"[i % 7], color=colour, label=row["provider"],
                     markerfacecolor="white" if hollow else colour,
                 )  # fmt: skip
             elif row["is_floor"]:
@@ -251,5 +251,11 @@ def picture(heading: list[str], rows: list[dict], path: Path) -> None:
     for panel in panels:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=2, title="numbers: tolerance")
+    figure.legend(
+        entries.values(),
+        entries.keys(),
+        loc="outside lower center",
+        ncols=2,
+        title="numbers: tolerance; hollow: without truncation",
+    )
     plots.finish(figure, heading, path)
