@@ -284,6 +284,8 @@ def plot(heading: list[str], finished: list[Trained], path: Path) -> None:
             mean, half_width, _ = difference(finished, name, measure)
             panel.errorbar(mean, y, xerr=half_width, fmt="o", color=plots.COLOURS[(0, 1, 3)[y]], capsize=4)
         panel.axvline(0, color="0.4", linewidth=1)
+        panel.set_xscale("symlog", linthresh=0.1)  # what is biased is so by far
+        panel.xaxis.set_major_formatter("{x:g}")
         panel.set_yticks(range(len(names)), names)
         panel.set(
             title=title, xlabel="cross-entropy minus that with the exact gradient (nats)", ylim=(len(names) - 0.5, -0.5)
