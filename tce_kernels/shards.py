@@ -32,7 +32,8 @@ def all_gather(x: Tensor, group, async_op: bool = False):
     out = x.new_empty(dist.get_world_size(group), *x.shape)
     work = None
     if x.numel():  # of all ranks or of none
-        work = dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=group, async_op=async_op)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
+        work = gather(out.view(-1), x.contiguous().view(-1), group=group, async_op=async_op)
     return (out, work) if async_op else out
 
 
@@ -120,7 +121,9 @@ class SpreadRows:
             some[: len(index)] = part[index]
         sums = padded.new_empty(padded.shape[1:])
         if sums.numel():
-            distributed().reduce_scatter_tensor(sums.view(-1), padded.view(-1), group=self.shards.group)
+            dist = distributed()
+            scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # before torch 2.13
+            scatter(sums.view(-1), padded.view(-1), group=self.shards.group)
         out = x.new_zeros(self.n_rows, *x.shape[1:])
         index = indices[self.shards.rank]
         out[self.own[index]] = sums[: len(index)]
