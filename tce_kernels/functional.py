@@ -133,7 +133,7 @@ def _reduced(path, target, sizes, dtype, options, divide_last, row_groups, is_su
     """
     dtype = compute_dtype(dtype)
     target = target.long()  # int32 would take an ignore_index beyond its range for another number
-    row_scale = _row_weight(target, options, dtype)
+    row_scale = row_weight(target, options, dtype)
     if sizes is not None and not sizes.is_cpu and options.weight is not None:  # the host cannot know that they fit
         row_scale = torch.where(sizes[0].sum() == len(options.weight), row_scale, math.nan)
     summed = [options.group_name] if options.rows_spread else []
@@ -171,18 +171,18 @@ def _reduced(path, target, sizes, dtype, options, divide_last, row_groups, is_su
     return loss, stats.from_rows(rows, target != options.ignore_index, *class_fraction)
 
 
-def _row_weight(target, options, dtype):
+def row_weight(target, options, dtype):
     """The weight of each row, 0 for those that are ignored."""
     if not options.is_weighted:
         if is_plain(target):  # one kernel, where a comparison and a conversion would be two
             return torch.ne(target, options.ignore_index, out=torch.empty_like(target, dtype=dtype))
         return (target != options.ignore_index).to(dtype)
     weight, token_weight = options.weight, options.token_weight
-    row_weight = None if weight is None else weight.to(dtype)[target.clamp(0, len(weight) - 1)]
+    of_row = None if weight is None else weight.to(dtype)[target.clamp(0, len(weight) - 1)]
     if token_weight is not None:
         token_weight = token_weight.to(dtype)
-        row_weight = token_weight if row_weight is None else row_weight * token_weight
-    return torch.where(target != options.ignore_index, row_weight, 0)
+        of_row = token_weight if of_row is None else of_row * token_weight
+    return torch.where(target != options.ignore_index, of_row, 0)
 
 
 def _scalar(number: float | Tensor, like: Tensor) -> Tensor:
@@ -290,6 +290,13 @@ def truncated_cross_entropy(
         return_stats: also return `LossStats`, from the same pass.
         backend: "triton", "torch" or "reference", which never fall back, or "auto": triton for logits on a GPU,
             torch otherwise. Second derivatives need "reference".
+        group: the ranks among which the classes are spread, in their order; None for one process. The logits are then
+            (..., V_r), this rank's classes, of which it may have any number and none; everything else is as for all V
+            classes, and the same on all ranks: target holds ids of all classes, weight is (V,). Loss and statistics
+            are the same bits on all ranks, and each has the gradient of its own logits, made in backward without
+            communication. Before the work the ranks compare their arguments, and all of them raise if those do not go
+            together; on a GPU, where the host would have to wait for that, only if TORCH_DISTRIBUTED_DEBUG is set.
+            Call it on all ranks of the group. Not with backend="reference" or forward mode.
 
     Returns:
         float32 (float64 for float64 logits): a scalar, or (...) with reduction="none"; with return_stats=True
@@ -402,7 +409,18 @@ def linear_truncated_cross_entropy(
             it as well as with 0, on rare tokens too, of which 0.01 cost it a tenth of a nat. `return_stats` tells the
             share that took part, `class_fraction`.
             Takes memory for the weight's rows of those classes, in the dtypes of the matmuls and of the sums.
-            backend="reference" and forward mode compute the exact gradient whatever it is.
+            backend="reference" and forward mode compute the exact gradient whatever it is. With a group each rank
+            leaves out that share of its own part at most.
+        group: the ranks among which the classes are spread, in their order; None for one process. The weight is then
+            (V_r, D) and the bias (V_r,), of this rank's classes, of which it may have any number and none; target holds
+            ids of all V classes, class weights are (V,). The sums of each chunk are gathered while the next one is
+            multiplied, so there are two buffers of logits and at least four chunks where rows are many. The ranks
+            always compare their arguments before the work: either all raise or none does. Call it on all ranks.
+        rows: with a group, "replicated": input, target and token_weight are the same on all ranks, and the gradient of
+            the input is the sum over them, of which only kept rows travel, in accumulate_dtype. "sharded": each rank
+            has rows of its own, any number, of those that FSDP2 or sequence parallelism has given it. Rows that are not
+            ignored travel to the other ranks, and gradients of kept rows back; a mean or sum is over the rows of all
+            ranks, and its gradients, too, are those of the whole. Losses per row and statistics are of the rank's own.
         allow_retain_graph: make the logits of the kept rows again at each backward, as reduction="none" does, instead
             of the gradients during the forward call. Not needed for retain_graph=True.
         threshold and the other options: as in `truncated_cross_entropy`.
@@ -414,8 +432,8 @@ def linear_truncated_cross_entropy(
     Raises:
         As `truncated_cross_entropy`.
 
-    On a GPU the host waits once before the first chunk and once in each, to learn how many rows are left. Forward mode
-    has all logits in memory.
+    On a GPU the host waits once before the first chunk and once in each, to learn how many rows are left (over ranks
+    with a tolerance twice), and once for what ranks compare. Forward mode has all logits in memory.
 
     Source: equation 3 of arXiv:2509.08972; the order of the matmuls is this package's own.
     """

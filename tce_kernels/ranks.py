@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from .autograd import forward_method, operator
 from .context import has_data
-from .shards import all_gather, distributed, resolved
+from .shards import all_gather, resolved, torch_distributed
 
 # What a rank says of its arguments; the checksums of tensors come last.
 FACTS = ("status", "rows", "classes", "features", "options")
@@ -44,7 +44,7 @@ def _refuse_refused(table: list[list[int]]) -> None:
 
 
 def _refuse_differences(table: list[list[int]], rows_spread: bool, text: str, group) -> None:
-    dist = distributed()
+    dist = torch_distributed()
     columns = dict(zip(FACTS + CHECKED, zip(*table, strict=True), strict=True))
     if len(set(columns.pop("options"))) > 1:
         texts = [None] * len(table)
@@ -88,7 +88,7 @@ def agree(input, linear_weight, target, token_weight, weight, threshold, denomin
     n_features = 0 if linear_weight is None else linear_weight.shape[1]
     facts = [0, target.numel(), n_classes, n_features, zlib.crc32(text.encode())]
     per_row = [None, None] if rows_spread else [target.long(), token_weight]
-    table = _table(facts, [*per_row, weight, threshold, denominator], group, _device_for(group, [input]))
+    table = _table(facts, [*per_row, weight, threshold, denominator], group, device_for(group, [input]))
     _refuse_refused(table)
     _refuse_differences(table, rows_spread, text, group)
     sizes = torch.tensor([[row[FACTS.index(name)] for row in table] for name in ("classes", "rows")], device="cpu")
@@ -103,7 +103,7 @@ def agree(input, linear_weight, target, token_weight, weight, threshold, denomin
 @agree.register_fake
 def _(input, *arguments):
     *_, on_host, group_name = arguments
-    shape = 2, distributed().get_world_size(resolved(group_name))
+    shape = 2, torch_distributed().get_world_size(resolved(group_name))
     return input.new_empty(shape, dtype=torch.int64, device="cpu" if on_host else input.device)
 
 
@@ -143,7 +143,7 @@ def sum_over_ranks(x: Tensor, sizes: Tensor | None, group_names: Sequence[str]) 
     return x
 
 
-def _device_for(group, tensors: list) -> torch.device:
+def device_for(group, tensors: list) -> torch.device:
     """A device that the group has a backend for: that of the first tensor, if it can be."""
     devices = [tensor.device for tensor in tensors if isinstance(tensor, Tensor)]
     for device in [*devices, torch.device("cpu")]:
@@ -154,7 +154,7 @@ def _device_for(group, tensors: list) -> torch.device:
 
 def are_compared(tensors: list, always: bool) -> bool:
     """Whether ranks compare their arguments: not where only that would make the host wait, unless asked to debug."""
-    dist = distributed()
+    dist = torch_distributed()
     debugged = dist.get_debug_level() != dist.DebugLevel.OFF
     return always or debugged or not any(isinstance(tensor, Tensor) and tensor.is_cuda for tensor in tensors)
 
@@ -166,9 +166,9 @@ def all_or_none(group, tensors: list, always: bool, check: Callable, *arguments)
     try:
         return check(*arguments)
     except Exception:
-        is_group = isinstance(group, distributed().ProcessGroup)
+        is_group = isinstance(group, torch_distributed().ProcessGroup)
         have_data = all(has_data(tensor) for tensor in tensors if isinstance(tensor, Tensor))
         if is_group and have_data and are_compared(tensors, always):
             facts = [1] + [0] * (len(FACTS) - 1)
-            _table(facts, [None] * len(CHECKED), group, _device_for(group, tensors))
+            _table(facts, [None] * len(CHECKED), group, device_for(group, tensors))
         raise
