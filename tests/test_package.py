@@ -17,8 +17,11 @@ ALLOWED = {
     "distributed": {"checks", "functional", "options", "ranks", "shards"},
     "modules": {"functional", "options", "ranks", "stats"},
     "functional": {
-        "autograd", "checks", "context", "head", "linear", "options", "ranks", "reference", "stats", "torch_ops",
+        "autograd", "checks", "context", "dtensors", "head", "linear", "options", "ranks", "reference", "stats",
+        "torch_ops",
     },
+    "dtensors": {"fsdp", "options"},
+    "fsdp": set(),
     "ranks": {"autograd", "context", "shards"},
     "options": {"checks", "context"},
     "checks": {"context", "layout"},
