@@ -100,6 +100,11 @@ def linear_loss_of_ranks(input, linear_weight, linear_bias, target, options, row
 
 def _check_linear_loss(input, linear_weight, linear_bias, target, options, backend):
     are_shards = options.group_name is not None
+    if options.rows == "sharded" and options.group is None:
+        raise ValueError(
+            "rows must be left at 'replicated' where linear_weight has all classes, got 'sharded' without a group: pass "
+            "the group, or FSDP2's own shard, which stays one where the head is a unit of its own (fully_shard(head))"
+        )
     checks.check_head(input, linear_weight, linear_bias, backend, are_shards)
     checks.check_rows(target, options, "input", input, None if are_shards else len(linear_weight))
     if are_shards:
