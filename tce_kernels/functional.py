@@ -102,8 +102,8 @@ def _check_linear_loss(input, linear_weight, linear_bias, target, options, backe
     are_shards = options.group_name is not None
     if options.rows == "sharded" and options.group is None:
         raise ValueError(
-            "rows must be left at 'replicated' where linear_weight has all classes, got 'sharded' without a group: pass "
-            "the group, or FSDP2's own shard, which stays one where the head is a unit of its own (fully_shard(head))"
+            "rows must be left at 'replicated' where linear_weight has all classes, got 'sharded' without a group: "
+            "pass the group, or FSDP2's own shard, which stays one if the head is a unit of its own (fully_shard(head))"
         )
     checks.check_head(input, linear_weight, linear_bias, backend, are_shards)
     checks.check_rows(target, options, "input", input, None if are_shards else len(linear_weight))
