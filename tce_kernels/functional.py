@@ -219,14 +219,17 @@ def _public(loss: Callable, options_type: type, rule_type: type) -> Callable:
 
         remembered = functools.lru_cache(typed=True)(options_of)
 
-        @functools.wraps(signature)
-        def public(*arguments, **keywords):
+        def opened(arguments, keywords):
             signature(*arguments, **keywords)  # Python's own error where they do not fit
             given = {**defaults, **dict(zip(positional, arguments, strict=False)), **keywords}
             given_tensors = [given.pop(name) for name in tensors]
             known = not torch.compiler.is_compiling() and _VALUES.issuperset(map(type, given.values()))
-            make = remembered if known else options_of
-            options = all_or_none(given["group"], given_tensors, loss is linear_loss, make, *given.values())
+            return given_tensors, (remembered if known else options_of)(*given.values())
+
+        @functools.wraps(signature)
+        def public(*arguments, **keywords):
+            group = keywords.get("group")
+            given_tensors, options = all_or_none(group, arguments, loss is linear_loss, opened, arguments, keywords)
             return loss(*given_tensors, options)
 
         return public

@@ -154,9 +154,10 @@ def device_for(group, tensors: list) -> torch.device:
 
 def are_compared(tensors: list, always: bool) -> bool:
     """Whether ranks compare their arguments: not where only that would make the host wait, unless asked to debug."""
+    if always or not any(isinstance(tensor, Tensor) and tensor.is_cuda for tensor in tensors):
+        return True
     dist = torch_distributed()
-    debugged = dist.get_debug_level() != dist.DebugLevel.OFF
-    return always or debugged or not any(isinstance(tensor, Tensor) and tensor.is_cuda for tensor in tensors)
+    return not torch.compiler.is_compiling() and dist.get_debug_level() != dist.DebugLevel.OFF
 
 
 def all_or_none(group, tensors: list, always: bool, check: Callable, *arguments):

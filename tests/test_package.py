@@ -13,15 +13,27 @@ from cases import needs_triton
 ROOT = Path(__file__).parents[1]
 
 ALLOWED = {
-    "__init__": {"functional", "modules", "reference", "stats"},
-    "modules": {"functional", "options", "stats"},
-    "functional": {"autograd", "checks", "context", "head", "linear", "options", "reference", "stats", "torch_ops"},
+    "__init__": {"distributed", "functional", "modules", "reference", "stats"},
+    "distributed": {"checks", "functional", "options", "ranks", "shards"},
+    "modules": {"functional", "options", "ranks", "stats"},
+    "functional": {
+        "autograd", "checks", "context", "dtensors", "head", "linear", "options", "ranks", "reference", "stats",
+        "torch_ops",
+    },
+    "dtensors": {"fsdp", "options"},
+    "fsdp": set(),
+    "ranks": {"autograd", "context", "shards"},
     "options": {"checks", "context"},
     "checks": {"context", "layout"},
-    "linear": {"autograd", "context", "gradients", "head", "layout", "options", "stats"},
-    "gradients": {"head", "layout", "options", "torch_ops"},
+    "linear": {
+        "autograd", "chunks", "context", "gradients", "head", "layout", "linear_ranks", "options", "shards", "stats",
+    },
+    "linear_ranks": {"autograd", "chunks", "gradients", "head", "options", "shards", "stats"},
+    "chunks": {"gradients", "head"},
+    "gradients": {"head", "options", "shards", "torch_ops"},
     "head": {"checks"},
-    "autograd": {"context", "layout", "options", "stats", "torch_ops", "triton_ops"},
+    "autograd": {"context", "layout", "options", "shards", "stats", "torch_ops", "triton_ops"},
+    "shards": {"options"},
     "triton_ops": {"kernels", "stats"},
     "kernels": {"sweeps"},
     "sweeps": {"stats"},
@@ -30,7 +42,7 @@ ALLOWED = {
     "context": set(),
     "layout": set(),
     "stats": set(),
-}
+}  # fmt: skip
 
 
 # Of the benchmarks, by room and module. A room imports nothing of another one that does not stand here.
