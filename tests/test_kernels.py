@@ -756,6 +756,17 @@ def test_numbers_of_more_rows_than_32_bits_address(device, memory, monkeypatch):
     fields = {int(ptrs[0]) - rows.data_ptr() for ptrs, _ in memory.accesses["read"] if len(ptrs)}
     assert {4 * field * n_rows for field in (LSE, COEF, SUM_EXP)} <= fields
 
+    sums, numbers, options = torch.zeros(1), [torch.zeros(1) for _ in range(4)], options | {"SMOOTHING": True}
+    of_sums = {4 * field * n_rows for field in range(2 * (SHARD_SUM + 1))}  # of two splits
+    memory.forget()
+    kernels.split_sums_kernel[(1, 2)](*numbers[:2], sums, 0, 0, 1, n_rows, 1, -100, 1.0, 1.0, **options)
+    assert of_sums <= {int(ptrs[0]) - sums.data_ptr() for ptrs, _ in memory.accesses["written"]}
+    kernels.row_loss_of_sums_kernel[(1,)](
+        sums, *numbers[:2], 0.0, numbers[2], rows, n_rows, 2, 1, -100, 1.0, 0.0, 0.1, 1.0, 1.0,
+        RULE="truncated", SOFTCAP=False, SMOOTHING=True, BLOCK_SPLITS=2,
+    )  # fmt: skip
+    assert of_sums <= {int(ptr) - sums.data_ptr() for ptrs, _ in memory.accesses["read"] for ptr in ptrs}
+
 
 def lift(x, logit_scale, softcap):
     u = torch.empty_like(x)
