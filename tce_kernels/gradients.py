@@ -269,10 +269,9 @@ class GradientsOfHeaviestClasses(Gradients):
 
 def gradients_for(
     head: Head, needs: Sequence[bool], chunks: Chunks, row_operations: ModuleType, form: Form, row_grad: Tensor,
-    rows: Tensor, shards: Shards | None = None,
+    rows: Tensor, *of_ranks,
 ) -> Gradients:  # fmt: skip
-    """Exact, or within the tolerance where entries have the sign that it takes."""
-    of_ranks = shards, shards is not None and chunks.rows == "sharded"
+    """Exact, or within the tolerance where entries have the sign that it takes. of_ranks: shards, in_parts."""
     tolerance = float(chunks.gradient_tolerance)
     if tolerance == 0 or form.label_smoothing and form.softcap is not None or len(head.weight) == 0:
         return Gradients(head, needs, chunks.accumulate_dtype, *of_ranks)

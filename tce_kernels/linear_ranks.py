@@ -27,12 +27,12 @@ def _chunk_size(chunks: Chunks, n_rows: int, head: Head, shards: Shards) -> int:
 
 
 def linear_loss(
-    head: Head, target: Tensor, row_scale: Tensor, param: Tensor | None, shards: Shards, form: Form, chunks: Chunks,
-    backend: str, row_operations: ModuleType, needs: Sequence[bool],
+    head: Head, target: Tensor, row_scale: Tensor, param: Tensor | None, form: Form, chunks: Chunks, backend: str,
+    row_operations: ModuleType, needs: Sequence[bool], shards: Shards, rows_spread: bool,
 ) -> tuple[Tensor, Tensor, float, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss [n], rows [6, n], class_fraction and gradients of this rank's rows [n] and classes."""
     live, spread = target != form.ignore_index, None
-    if chunks.rows == "sharded":
+    if rows_spread:
         spread = SpreadRows(shards, live)
         target, row_scale = spread.gather(target), spread.gather(row_scale)
         head.input = spread.gather(head.input, head.dtype)
@@ -47,7 +47,7 @@ def linear_loss(
     target, form = shards.local(target, form.ignore_index), form.local()
     loss = row_scale.new_zeros(len(target))
     rows = row_scale.new_zeros(N_FIELDS, len(target))
-    gradients = gradients_for(head, needs, chunks, row_operations, form, row_scale, rows, shards)
+    gradients = gradients_for(head, needs, chunks, row_operations, form, row_scale, rows, shards, rows_spread)
 
     def begin(logits, chunk):
         gathered = shards.gather_later(row_operations.shard_sums(logits, target[chunk], form))
@@ -86,20 +86,20 @@ def linear_loss(
 
 
 def linear_gradients(
-    head: Head, target: Tensor, row_grad: Tensor, rows: Tensor, shards: Shards, form: Form, chunks: Chunks,
-    backend: str, row_operations: ModuleType, needs: Sequence[bool],
+    head: Head, target: Tensor, row_grad: Tensor, rows: Tensor, form: Form, chunks: Chunks, backend: str,
+    row_operations: ModuleType, needs: Sequence[bool], shards: Shards, rows_spread: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients, from logits made again. Which rows take part is the same on all ranks, whatever the upstream
     gradient of one is."""
     wanted, spread = rows[COEF] != 0, None
-    if chunks.rows == "sharded":
+    if rows_spread:
         spread = SpreadRows(shards, wanted & (row_grad != 0))
         target, row_grad = spread.gather(target), spread.gather(row_grad)
         rows = spread.gather(rows.t()).t()
         head.input = spread.gather(head.input, head.dtype)
         wanted = torch.ones_like(target, dtype=torch.bool)
     target, form = shards.local(target, form.ignore_index), form.local()
-    gradients = gradients_for(head, needs, chunks, row_operations, form, row_grad, rows, shards)
+    gradients = gradients_for(head, needs, chunks, row_operations, form, row_grad, rows, shards, rows_spread)
 
     def begin(logits, chunk):
         def end():
