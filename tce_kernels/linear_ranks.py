@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .autograd import check_target
 from .chunks import through_chunks
-from .gradients import gradients_for
+from .gradients import Gradients, gradients_for
 from .head import Head, auto_chunk_size
 from .options import Chunks, Form
 from .shards import Shards, SpreadRows
@@ -24,6 +24,14 @@ def _chunk_size(chunks: Chunks, n_rows: int, head: Head, shards: Shards) -> int:
     """The same on all ranks."""
     on_cpu, itemsize = head.input.device.type == "cpu", head.dtype.itemsize
     return chunks.chunk_size or auto_chunk_size(n_rows, shards.most_classes, itemsize, on_cpu, over_ranks=True)
+
+
+def _class_fraction(gradients: Gradients, shards: Shards, chunks: Chunks) -> float:
+    """Of all ranks' classes."""
+    if float(chunks.gradient_tolerance) == 0 or gradients.n_rows == 0:
+        return 1.0
+    n_products = shards.gather(torch.tensor(gradients.n_products, device=gradients.head.input.device))
+    return int(n_products.sum()) / (gradients.n_rows * shards.n_classes)
 
 
 def linear_loss(
@@ -76,7 +84,7 @@ def linear_loss(
     wanted = live.nonzero().squeeze(1)
     chunk_size = _chunk_size(chunks, len(wanted), head, shards)
     through_chunks(head, wanted, chunk_size, backend, begin, gradients if any(needs) else None, ahead=1)
-    class_fraction = gradients.class_fraction()
+    class_fraction = _class_fraction(gradients, shards, chunks)
     dinput, dweight, dbias = gradients.finished()
     if spread is None:
         return loss, rows, class_fraction, dinput, dweight, dbias
