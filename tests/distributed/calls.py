@@ -69,7 +69,7 @@ def tensors_of(call: Call):
     generator = torch.Generator().manual_seed(call.seed)
     shape = call.n_rows, *call.trailing
     x = torch.randn(*shape, D, generator=generator)
-    weight = 0.7 * torch.randn(call.n_classes, D, generator=generator)
+    weight = torch.randn(call.n_classes, D, generator=generator)
     bias = torch.randn(call.n_classes, generator=generator)
     target = torch.randint(call.n_classes, shape, generator=generator)
     likely = (x @ weight.t() + bias).argmax(-1)
