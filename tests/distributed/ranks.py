@@ -123,7 +123,7 @@ class Spawned:
         for pipe in self.pipes[:p]:
             pipe.send_bytes(order)
         outcomes = self._outcomes(p, limit, GRACE)
-        if any(outcome is None or isinstance(outcome, Failure) for outcome in outcomes.values()):
+        if None in outcomes.values() or not all(process.is_alive() for process in self.processes):
             self.stop()  # who knows which collectives they are in
         return checked(outcomes, case, arguments, limit)
 
