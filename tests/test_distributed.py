@@ -4,14 +4,18 @@ On several GPUs: torchrun --standalone --nproc-per-node 4 -m pytest tests/test_d
 """
 
 import itertools
+import os
+import re
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests.distributed import refusals
 from tests.distributed.calls import LOGITS, REPLICATED, SHARDED, Call, assert_same, in_one_process, layouts, on_a_rank
 from tests.distributed.drawing import OPTIONS, drawn
 from tests.distributed.ranks import processes
+from tests.distributed.refusals import DISAGREEMENTS, LINEAR_DISAGREEMENTS, ODD, OWN, REFUSALS
 
 pytestmark = [
     pytest.mark.xdist_group("distributed"),  # in one worker, which starts the processes
@@ -109,7 +113,120 @@ def test_rows_that_ranks_have_of_their_own(ranks, changes):
             compare(ranks, 4, call)
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("options", [{"reduction": "none", "return_stats": True}, {"z_loss": 1e-2}])
+@pytest.mark.parametrize("poison", [
+    (2, slice(50, 51), NAN), (2, slice(210, 211), INF), (2, slice(0, 211), -INF), (2, slice(0, 211), NAN),
+    (2, slice(0, 71), -INF), (2, slice(71, 141), -INF), (2, slice(141, 211), -INF),  # all that one rank has
+    (17, slice(0, 211), NAN),  # an ignored row
+])  # fmt: skip
+def test_values_that_break_a_row(ranks, poison, options):
+    """The row is what it is in one process, on every rank, and no other row is touched."""
+    sizes, _ = next(layouts(3))
+    for rule in ({"threshold": 0.5}, {"threshold": 0.5, "label_smoothing": 0.1}, {"gamma": 2.0}):
+        compare(ranks, 3, Call(LOGITS, sizes, rule | options, poison=poison))
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("way", [REPLICATED, SHARDED])
+def test_hidden_states_that_break_a_row(ranks, way, value):
+    sizes, counts = next(layouts(3))
+    options = {"threshold": 0.5, "reduction": "none", "return_stats": True, "chunk_size": 8}
+    for row in (2, 17):  # one that counts and one that is ignored
+        compare(ranks, 3, Call(way, sizes, options, counts, poison=(row, slice(3, 4), value)))
+
+
 @pytest.mark.parametrize("first", range(0, 150, 15))
 def test_calls_drawn_at_random(ranks, first):
     for number in range(first, first + 15):
         compare(ranks, *drawn(number))
+
+
+# Ranks that do not call alike. Every rank raises or none does, and the next call works.
+
+
+@pytest.fixture
+def compared(ranks):
+    if ranks.device.type != "cpu" and os.environ.get("TORCH_DISTRIBUTED_DEBUG", "OFF") == "OFF":
+        pytest.skip("losses of logits on a GPU compare their arguments with TORCH_DISTRIBUTED_DEBUG only")
+
+
+def refused(ranks, case, *arguments, p=4):
+    """The error of each rank, if the next call worked."""
+    outcomes = ranks.run(case, p, *arguments)
+    errors, following = zip(*outcomes, strict=True)
+    assert all(isinstance(error, tuple) for error in errors), errors
+    assert len(set(following)) == 1 and isinstance(following[0][0], float), following
+    return errors
+
+
+WITH_DISAGREEMENTS = [(LOGITS, name) for name in DISAGREEMENTS]
+WITH_DISAGREEMENTS += [
+    (way, name)
+    for way in (REPLICATED, SHARDED)
+    for name in DISAGREEMENTS | LINEAR_DISAGREEMENTS
+    if way == REPLICATED or name not in OWN
+]
+
+
+@pytest.mark.parametrize("way, name", WITH_DISAGREEMENTS)
+def test_a_disagreement_raises_the_same_error_on_all_ranks(ranks, compared, way, name):
+    for p in (2, 4):
+        errors = refused(ranks, refusals.disagree, way, name, p=p)
+        assert len(set(errors)) == 1
+        kind, text = errors[0]
+        assert kind is ValueError
+        assert (DISAGREEMENTS | LINEAR_DISAGREEMENTS)[name][-1] in text
+        assert re.search(r"must (be|hold) the same .*on all ranks of the group, got .*rank by rank", text)
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.parametrize("way", WAYS)
+def test_what_one_rank_refuses_fails_on_the_others(ranks, compared, way, name):
+    _, kind, text = REFUSALS[name]
+    for rank, (got, message) in enumerate(refused(ranks, refusals.refuse, way, name)):
+        if rank == ODD:
+            assert got is kind and re.match(text, message)
+        else:
+            assert got is RuntimeError and f"refused on rank {ODD} of the group" in message
+    for got, message in refused(ranks, refusals.refuse, way, name, True):
+        assert got is kind and re.match(text, message), "all of them have their own error"
+
+
+@pytest.mark.parametrize("value", [20, -1, 10**12])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_target_that_no_rank_has(ranks, way, value):
+    if ranks.device.type != "cpu":
+        pytest.skip("a NaN row on a GPU")
+    for only_on in (None, ODD) if way == SHARDED else (None,):
+        errors = refused(ranks, refusals.bad_target, way, value, only_on)
+        assert len(set(errors)) == 1
+        assert errors[0][0] is IndexError and re.match(rf"target must be in \[0, 20\).*got {value}", errors[0][1])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_class_weights_of_a_wrong_number(ranks, compared, way):
+    errors = refused(ranks, refusals.wrong_class_weights, way)
+    assert set(errors) == {(ValueError, "weight must have one entry per class of all ranks, [20], got [19]")}
+
+
+@pytest.mark.parametrize("kind", ["a name", "ranks", "not a member", "a mesh"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_group_that_is_none(ranks, way, kind):
+    for got, message in refused(ranks, refusals.wrong_group, way, kind):
+        assert got is TypeError and message.startswith("group must be None or a torch.distributed.ProcessGroup")
+
+
+def test_rows_are_replicated_or_sharded(ranks):
+    for got, message in refused(ranks, refusals.wrong_rows):
+        assert got is ValueError
+        assert message == "rows must be one of 'replicated', 'sharded', got 'split'"
+
+
+@pytest.mark.parametrize("way", [REPLICATED, SHARDED])
+def test_no_grad_on_one_rank(ranks, way):
+    errors, following = zip(*ranks.run(refusals.no_grad_on_one, 4, way), strict=True)
+    assert len(set(errors)) == 1 and errors[0][0] is ValueError
+    assert len(set(following)) == 1

@@ -93,9 +93,9 @@ LINEAR_DISAGREEMENTS = {
     "another chunk_size": (other(4, "chunk_size"), all_alike, "chunk_size"),
     "another tolerance": (other(0.1, "gradient_tolerance"), all_alike, "gradient_tolerance"),
     "no bias": (other(None, "linear_bias"), all_alike, "linear_bias"),
-    "a frozen input": (lambda given: frozen(given, "input"), all_alike, "input"),
+    "a frozen input": (lambda given: frozen(given, "input"), all_alike, "requires_grad"),
     "nothing that needs a gradient": (
-        lambda given: frozen(given, "input", "linear_weight", "linear_bias"), all_alike, "",
+        lambda given: frozen(given, "input", "linear_weight", "linear_bias"), all_alike, "requires_grad",
     ),
 }  # fmt: skip
 # Of rows that each rank has for itself, these may differ.
@@ -151,10 +151,6 @@ def wrong_group(here, way, kind):
         "a mesh": here.mesh(),
     }
     return _error_and_next(here, way, other(groups[kind], "group"))
-
-
-def sharded_without_group(here):
-    return _error_and_next(here, "sharded", other(None, "group"))
 
 
 def wrong_rows(here):
