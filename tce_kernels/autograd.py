@@ -56,7 +56,7 @@ def backend_of(name: str, logits: Tensor):
     return triton_ops
 
 
-def check_target(target: Tensor, V: int, ignore_index: int) -> None:
+def check_target(target: Tensor, V: int, ignore_index: int, of: str = "") -> None:
     """On a CPU, where looking is free, a bad target is an error; elsewhere its row becomes NaN."""
     if target.device.type != "cpu" or not has_data(target):
         return
@@ -65,7 +65,7 @@ def check_target(target: Tensor, V: int, ignore_index: int) -> None:
         position = tuple(bad.nonzero()[0].tolist())
         raise IndexError(
             f"target must be in [0, {V}) or ignore_index ({ignore_index}), "
-            f"got {target[position].item()} at position {list(position)}"
+            f"got {target[position].item()} at position {list(position)}{of}"
         )
 
 

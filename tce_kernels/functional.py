@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import autograd, checks, linear, reference, stats
+from . import autograd, checks, dtensors, linear, reference, stats
 from .context import has_tangent, is_plain
 from .head import matmul_dtype
 from .options import Focal, LinearOptions, LogitsOptions, Truncated
@@ -20,6 +20,17 @@ from .torch_ops import compute_dtype
 
 def logits_loss(logits: Tensor, target: Tensor, options: LogitsOptions) -> Tensor | tuple[Tensor, LossStats]:
     """The loss of given logits, whichever it is."""
+    if dtensors.any_of(logits):
+        return _with_local_tensors(logits_loss_of_ranks, dtensors.of_logits(logits, target, options))
+    return logits_loss_of_ranks(logits, target, options)
+
+
+def _with_local_tensors(loss, call):
+    return call.result(loss(*call.tensors, call.options, call.row_groups, call.is_summed))
+
+
+def logits_loss_of_ranks(logits, target, options, row_groups=(), is_summed=True):
+    """`row_groups`, `is_summed`: as in `dtensors.Call`."""
     backend = _chosen(options.backend, logits)
     all_or_none(options.group, [logits, target], False, _check_logits_loss, logits, target, options, backend)
     if backend == "reference":
@@ -38,7 +49,7 @@ def logits_loss(logits: Tensor, target: Tensor, options: LogitsOptions) -> Tenso
             in_forward=in_forward, inplace=options.inplace,
         )  # fmt: skip
 
-    return _reduced(path, target, sizes, logits.dtype, options, divide_last=options.by_kept)
+    return _reduced(path, target, sizes, logits.dtype, options, options.by_kept, row_groups, is_summed)
 
 
 def _check_logits_loss(logits, target, options, backend):
@@ -55,6 +66,13 @@ def linear_loss(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, options: LinearOptions
 ) -> Tensor | tuple[Tensor, LossStats]:
     """The loss of logits that are made here, whichever it is."""
+    if dtensors.any_of(input, linear_weight, linear_bias):
+        call = dtensors.of_head(input, linear_weight, linear_bias, target, options)
+        return _with_local_tensors(linear_loss_of_ranks, call)
+    return linear_loss_of_ranks(input, linear_weight, linear_bias, target, options)
+
+
+def linear_loss_of_ranks(input, linear_weight, linear_bias, target, options, row_groups=(), is_summed=True):
     backend = _chosen(options.backend, input)
     head = input, linear_weight, linear_bias
     all_or_none(options.group, [*head, target], True, _check_linear_loss, *head, target, options, backend)
@@ -76,11 +94,17 @@ def linear_loss(
         )  # fmt: skip
 
     # Divided last, float16 gradients do not underflow on the way: the division meets their sums over rows.
-    return _reduced(path, target, sizes, dtype, options, divide_last=options.by_kept or dtype == torch.float16)
+    divide_last = options.by_kept or dtype == torch.float16
+    return _reduced(path, target, sizes, dtype, options, divide_last, row_groups, is_summed)
 
 
 def _check_linear_loss(input, linear_weight, linear_bias, target, options, backend):
     are_shards = options.group_name is not None
+    if options.rows == "sharded" and options.group is None:
+        raise ValueError(
+            "rows must be left at 'replicated' where linear_weight has all classes, got 'sharded' without a group: "
+            "pass the group, or FSDP2's own shard, which stays one if the head is a unit of its own (fully_shard(head))"
+        )
     checks.check_head(input, linear_weight, linear_bias, backend, are_shards)
     checks.check_rows(target, options, "input", input, None if are_shards else len(linear_weight))
     if are_shards:
@@ -107,7 +131,7 @@ def _agreed(input, linear_weight, target, options, dtype, backend, has_bias=Fals
     return agree(input, linear_weight, target, *tensors, text, options.rows_spread, on_host, options.group_name)
 
 
-def _reduced(path, target, sizes, dtype, options, divide_last):
+def _reduced(path, target, sizes, dtype, options, divide_last, row_groups, is_summed):
     """What the paths share: one number per row each before, the reduction after.
 
     path(target, row_scale, param) returns the loss, per row or summed up, `rows`, and class_fraction if it knows one.
@@ -117,7 +141,10 @@ def _reduced(path, target, sizes, dtype, options, divide_last):
     row_scale = row_weight(target, options, dtype)
     if sizes is not None and not sizes.is_cpu and options.weight is not None:  # the host cannot know that they fit
         row_scale = torch.where(sizes[0].sum() == len(options.weight), row_scale, math.nan)
-    spread = [options.group_name] if options.rows_spread else []
+    summed = [options.group_name] if options.rows_spread else []
+    spread = [*summed, *row_groups]
+    if is_summed:
+        summed = spread
     mean = options.reduction == "mean"
     if mean and not options.by_kept:
         if isinstance(options.denominator, str):
@@ -135,7 +162,7 @@ def _reduced(path, target, sizes, dtype, options, divide_last):
 
     rows = rows.detach()
     if options.reduction != "none":
-        loss = sum_over_ranks(loss.sum() if loss.dim() else loss, sizes, spread)
+        loss = sum_over_ranks(loss.sum() if loss.dim() else loss, sizes, summed)
     if options.by_kept:
         total = sum_over_ranks((row_scale * (rows[stats.COEF] != 0)).sum(), sizes, spread)
     if mean and divide_last:
@@ -197,14 +224,17 @@ def _public(loss: Callable, options_type: type, rule_type: type) -> Callable:
 
         remembered = functools.lru_cache(typed=True)(options_of)
 
-        @functools.wraps(signature)
-        def public(*arguments, **keywords):
+        def opened(arguments, keywords):
             signature(*arguments, **keywords)  # Python's own error where they do not fit
             given = {**defaults, **dict(zip(positional, arguments, strict=False)), **keywords}
             given_tensors = [given.pop(name) for name in tensors]
             known = not torch.compiler.is_compiling() and _VALUES.issuperset(map(type, given.values()))
-            make = remembered if known else options_of
-            options = all_or_none(given["group"], given_tensors, loss is linear_loss, make, *given.values())
+            return given_tensors, (remembered if known else options_of)(*given.values())
+
+        @functools.wraps(signature)
+        def public(*arguments, **keywords):
+            group = keywords.get("group")
+            given_tensors, options = all_or_none(group, arguments, loss is linear_loss, opened, arguments, keywords)
             return loss(*given_tensors, options)
 
         return public

@@ -38,7 +38,12 @@ def linear_loss(
         head.input = spread.gather(head.input, head.dtype)
         live = torch.ones_like(target, dtype=torch.bool)
     if backend == "torch":
-        check_target(target, shards.n_classes, form.ignore_index)
+        if spread is None:
+            check_target(target, shards.n_classes, form.ignore_index)
+        else:
+            for rank, part in enumerate(target.split(spread.counts)):
+                of_rank = f" of the rows of rank {rank} that are not ignored"
+                check_target(part, shards.n_classes, form.ignore_index, of_rank)
     target, form = shards.local(target, form.ignore_index), form.local()
     loss = row_scale.new_zeros(len(target))
     rows = row_scale.new_zeros(N_FIELDS, len(target))

@@ -6,6 +6,7 @@ unpacked once, where the operators take plain values (`Form`).
 
 import math
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,12 @@ def _negative_or_not_finite(value) -> tuple:
 
 def _not_positive_or_not_finite(value) -> tuple:
     return value == 0, *_negative_or_not_finite(value)
+
+
+def _to_compare(value) -> float | str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} tensor"
+    return float(value) if isinstance(value, Real) else str(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,12 +220,10 @@ class LossOptions:
         return {**of_rule, **what}
 
     def of_ranks(self) -> dict:
-        """The options that must be the same on all ranks of the group, tensors as what kind they are, by name."""
+        """The options that must be the same on all ranks of the group, by name: numbers, and texts of the others."""
         own = ("rule", "return_stats", "inplace", "group")
         values = {**vars(self.rule), **{f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}}
-        return {
-            name: f"{value.dtype} tensor" if isinstance(value, Tensor) else str(value) for name, value in values.items()
-        }
+        return {name: _to_compare(value) for name, value in values.items()}
 
     def checked_by_ranks(self) -> list:
         """Options that hold the same values on all ranks if they are tensors; token_weight only of the same rows."""

@@ -107,7 +107,7 @@ def _(input, *arguments):
     return input.new_empty(shape, dtype=torch.int64, device="cpu" if on_host else input.device)
 
 
-@operator("sum_over_ranks", "Tensor x, Tensor sizes, str group", "Tensor sum")
+@operator("sum_over_ranks", "Tensor x, Tensor? sizes, str group", "Tensor sum")
 def _sum_over_ranks(x, sizes, group_name):
     return all_gather(x, resolved(group_name)).sum(0)
 
@@ -133,7 +133,7 @@ class _SumOverRanks(Function):
         return upstream, None, None
 
 
-def sum_over_ranks(x: Tensor, sizes: Tensor, group_names: Sequence[str]) -> Tensor:
+def sum_over_ranks(x: Tensor, sizes: Tensor | None, group_names: Sequence[str]) -> Tensor:
     """Sum of x [] over the ranks, added up in their order everywhere; to each rank its own part's gradient comes back.
 
     `sizes` is what the ranks agreed on, before which nothing travels.
@@ -154,9 +154,10 @@ def device_for(group, tensors: list) -> torch.device:
 
 def are_compared(tensors: list, always: bool) -> bool:
     """Whether ranks compare their arguments: not where only that would make the host wait, unless asked to debug."""
+    if always or not any(isinstance(tensor, Tensor) and tensor.is_cuda for tensor in tensors):
+        return True
     dist = torch_distributed()
-    debugged = dist.get_debug_level() != dist.DebugLevel.OFF
-    return always or debugged or not any(isinstance(tensor, Tensor) and tensor.is_cuda for tensor in tensors)
+    return not torch.compiler.is_compiling() and dist.get_debug_level() != dist.DebugLevel.OFF
 
 
 def all_or_none(group, tensors: list, always: bool, check: Callable, *arguments):

@@ -626,7 +626,7 @@ def test_numbers_of_more_rows_than_32_bits_address(device, memory, monkeypatch):
     assert {4 * field * n_rows for field in range(N_FIELDS)} <= fields
     options = dict(SOFTCAP=False, SMOOTHING=False, PEEL=False, VECTOR=1, BLOCK_V=16, THREADS=2)
     kernels.dlogits_kernel[(1, 1)](
-        *(torch.zeros(1) for _ in range(4)), rows, 0, 0, 0, 0, 1, n_rows, 1, 0.0, 0.0, 1.0, 1.0, **options
+        *(torch.zeros(1) for _ in range(4)), rows, 0, 0, 0, 0, 1, n_rows, 1, 1, 0.0, 0.0, 1.0, 1.0, **options
     )
     fields = {int(ptrs[0]) - rows.data_ptr() for ptrs, _ in memory.accesses["read"] if len(ptrs)}
     assert {4 * field * n_rows for field in (LSE, COEF, SUM_EXP)} <= fields
