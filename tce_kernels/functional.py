@@ -226,7 +226,7 @@ def _public(loss: Callable, options_type: type, rule_type: type) -> Callable:
 
         def opened(arguments, keywords):
             signature(*arguments, **keywords)  # Python's own error where they do not fit
-            given = {**defaults, **dict(zip(positional, arguments, strict=False)), **keywords}
+            given = {**defaults, **dict(zip(positional[: len(arguments)], arguments, strict=True)), **keywords}
             given_tensors = [given.pop(name) for name in tensors]
             known = not torch.compiler.is_compiling() and _VALUES.issuperset(map(type, given.values()))
             return given_tensors, (remembered if known else options_of)(*given.values())
