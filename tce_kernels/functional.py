@@ -21,16 +21,16 @@ from .torch_ops import compute_dtype
 def logits_loss(logits: Tensor, target: Tensor, options: LogitsOptions) -> Tensor | tuple[Tensor, LossStats]:
     """The loss of given logits, whichever it is."""
     if dtensors.any_of(logits):
-        return _with_local_tensors(logits_loss_of_ranks, dtensors.of_logits(logits, target, options))
-    return logits_loss_of_ranks(logits, target, options)
+        return _with_local_tensors(_logits_loss, dtensors.of_logits(logits, target, options))
+    return _logits_loss(logits, target, options)
 
 
 def _with_local_tensors(loss, call):
     return call.result(loss(*call.tensors, call.options, call.row_groups, call.is_summed))
 
 
-def logits_loss_of_ranks(logits, target, options, row_groups=(), is_summed=True):
-    """`row_groups`, `is_summed`: as in `dtensors.Call`."""
+def _logits_loss(logits, target, options, row_groups=(), is_summed=True):
+    """Of tensors that are no DTensors; `row_groups` and `is_summed` as in `dtensors.Call`."""
     backend = _chosen(options.backend, logits)
     all_or_none(options.group, [logits, target], False, _check_logits_loss, logits, target, options, backend)
     if backend == "reference":
@@ -68,11 +68,11 @@ def linear_loss(
     """The loss of logits that are made here, whichever it is."""
     if dtensors.any_of(input, linear_weight, linear_bias):
         call = dtensors.of_head(input, linear_weight, linear_bias, target, options)
-        return _with_local_tensors(linear_loss_of_ranks, call)
-    return linear_loss_of_ranks(input, linear_weight, linear_bias, target, options)
+        return _with_local_tensors(_linear_loss, call)
+    return _linear_loss(input, linear_weight, linear_bias, target, options)
 
 
-def linear_loss_of_ranks(input, linear_weight, linear_bias, target, options, row_groups=(), is_summed=True):
+def _linear_loss(input, linear_weight, linear_bias, target, options, row_groups=(), is_summed=True):
     backend = _chosen(options.backend, input)
     head = input, linear_weight, linear_bias
     all_or_none(options.group, [*head, target], True, _check_linear_loss, *head, target, options, backend)
