@@ -1,6 +1,6 @@
 """Losses whose classes are split over ranks, against one process: `pytest` starts four processes that talk by gloo.
 
-On several GPUs: torchrun --standalone --nproc-per-node 4 -m pytest tests/test_distributed.py
+On several GPUs: torchrun --standalone --nproc-per-node 4 -m pytest tests/test_distributed*.py
 """
 
 import itertools
@@ -14,7 +14,6 @@ import torch.distributed as dist
 from tests.distributed import refusals
 from tests.distributed.calls import LOGITS, REPLICATED, SHARDED, Call, assert_same, in_one_process, layouts, on_a_rank
 from tests.distributed.drawing import OPTIONS, drawn
-from tests.distributed.ranks import processes
 from tests.distributed.refusals import DISAGREEMENTS, LINEAR_DISAGREEMENTS, ODD, OWN, REFUSALS
 
 pytestmark = [
@@ -22,13 +21,6 @@ pytestmark = [
     pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"),
 ]
 WAYS = LOGITS, REPLICATED, SHARDED
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    processes_here = processes()
-    yield processes_here
-    processes_here.stop()
 
 
 def compare(ranks, p, call):

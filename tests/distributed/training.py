@@ -141,7 +141,9 @@ def results_of(model, loss):
     return results
 
 
-def step(here, parallel, call, name, sync, batch_group=None, n_ranks=None, batch_rank=None, averaged=True):
+def step(
+    here, parallel, call, name, sync, batch_group=None, n_ranks=None, batch_rank=None, averaged=True, as_number=False
+):
     """One step over two micro-batches; the loss is that of all ranks."""
     n_ranks, batch_rank = n_ranks or here.size, here.rank if batch_rank is None else batch_rank
     mine = [[t.to(here.device) for t in step[batch_rank]] for step in batches(n_ranks)]
@@ -151,6 +153,8 @@ def step(here, parallel, call, name, sync, batch_group=None, n_ranks=None, batch
     denominator = global_denominator(
         [target for _, target in mine], group=batch_group or here.group, weight=options.get("weight"), averaged=averaged
     )
+    if as_number:
+        denominator = denominator.item()
     total = torch.zeros((), device=here.device)
     for i, (tokens, target) in enumerate(mine):
         with sync(parallel, i == len(mine) - 1):
@@ -193,7 +197,7 @@ def wrap(model, mesh, head, **how):
     return fully_shard(model, mesh=mesh, **how)
 
 
-def fsdp(here, name, head="own unit", tied=False, bf16=False, outside=False, way="call_head", **how):
+def fsdp(here, name, head="own unit", tied=False, bf16=False, outside=False, way="call_head", as_number=False, **how):
     """With the loss inside or outside of the root's forward."""
     model = Model(name, tied, WAYS[way]).to(here.device)
     if bf16:
@@ -206,7 +210,7 @@ def fsdp(here, name, head="own unit", tied=False, bf16=False, outside=False, way
         def call(tokens, target, **options):
             return WAYS[way](model.head, model.hidden(tokens), target, **options)
 
-    total = step(here, model, call, name, fsdp_sync)
+    total = step(here, model, call, name, fsdp_sync, as_number=as_number)
     return results_of(model, mean_over(total, here.group))
 
 
@@ -230,11 +234,15 @@ def own_shard(here, name, summed=True):
         assert isinstance(model.head.weight, DTensor)
         return read_own_shard(model.head, model.hidden(tokens), target, **options)
 
+    total = step(here, model, call, name, fsdp_sync, averaged=False)
+    return results_of(model, total.cpu())
+
+
+def warnings_of_own_shard(here, summed):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        total = step(here, model, call, name, fsdp_sync, averaged=False)
-    texts = [str(warning.message) for warning in caught if "linear_weight" in str(warning.message)]
-    return results_of(model, total.cpu()), texts
+        own_shard(here, "truncated", summed)
+    return [str(warning.message) for warning in caught if "linear_weight" in str(warning.message)]
 
 
 def hybrid(here, name, own=False):
@@ -267,6 +275,35 @@ def fsdp_and_tensor_parallel(here, name):
         here, model, model, name, fsdp_sync, batch_group=dp.get_group(), n_ranks=2, batch_rank=dp.get_local_rank()
     )
     return results_of(model, mean_over(total, dp.get_group()))
+
+
+def _targets(here, weighted):
+    targets = [step[here.rank][1].to(here.device) for step in batches(here.size)]
+    token_weights = [torch.arange(len(target), device=here.device) % 3 for target in targets] if weighted else None
+    return targets, token_weights
+
+
+def denominator(here, averaged, weighted):
+    targets, token_weights = _targets(here, weighted)
+    total = global_denominator(targets, group=here.group, token_weights=token_weights, averaged=averaged)
+    return total.cpu()
+
+
+def total_weight(p, weighted):
+    """The same by hand, float64."""
+    total = torch.zeros((), dtype=torch.float64)
+    for _, target in (batch for step in batches(p) for batch in step):
+        token_weight = torch.arange(len(target)) % 3 if weighted else torch.ones(len(target))
+        total += token_weight[target != -100].sum()
+    return total
+
+
+def refused_denominator(here):
+    targets, _ = _targets(here, False)
+    try:
+        global_denominator([target.float() for target in targets] if here.rank == 1 else targets, group=here.group)
+    except Exception as error:
+        return type(error), str(error)
 
 
 def run(here, case, name, how):
