@@ -129,7 +129,9 @@ def _agreed(input, linear_weight, target, options, dtype, backend, has_bias=Fals
         text = json.dumps({**options.of_ranks(), **facts})
     tensors = [value if isinstance(value, Tensor) else None for value in options.checked_by_ranks()]
     on_host = are_compared([input], always=linear_weight is not None)
-    return agree(input, linear_weight, target, *tensors, text, options.rows_spread, on_host, options.group_name)
+    # An operator without a derivative must not see what functional transforms differentiate.
+    head = [None if tensor is None else tensor.detach() for tensor in (input, linear_weight)]
+    return agree(*head, target, *tensors, text, options.rows_spread, on_host, options.group_name)
 
 
 def _reduced(path, target, sizes, dtype, options, divide_last, row_groups, is_summed):
