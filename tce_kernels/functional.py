@@ -307,7 +307,10 @@ def truncated_cross_entropy(
             are the same bits on all ranks, and each has the gradient of its own logits, made in backward without
             communication. Before the work the ranks compare their arguments, and all of them raise if those do not go
             together; on a GPU, where the host would have to wait for that, only if TORCH_DISTRIBUTED_DEBUG is set.
-            Call it on all ranks of the group. Not with backend="reference" or forward mode.
+            Call it on all ranks of the group. Not with backend="reference" or forward mode. Logits that are a DTensor
+            need no group: Shard(-1) on one mesh dimension, Shard of rows or Replicate on the others. The target is then
+            a DTensor or what belongs to this rank's rows, the loss a DTensor, Partial("sum") where rows are sharded;
+            "mean" is over the rows of the whole mesh. `inplace` has no effect there.
 
     Returns:
         float32 (float64 for float64 logits): a scalar, or (...) with reduction="none"; with return_stats=True
@@ -432,6 +435,14 @@ def linear_truncated_cross_entropy(
             has rows of its own, any number, of those that FSDP2 or sequence parallelism has given it. Rows that are not
             ignored travel to the other ranks, and gradients of kept rows back; a mean or sum is over the rows of all
             ranks, and its gradients, too, are those of the whole. Losses per row and statistics are of the rank's own.
+            A linear_weight (and linear_bias) that is a DTensor, Shard(0) on one mesh dimension and Replicate on the
+            others, needs no group. With a plain input `rows` says what its rows are on that dimension, on the others
+            they are the rank's own; loss and statistics are plain. So FSDP2's own shard is passed as it is, with
+            "sharded": it is not gathered, and its gradient is a sum over ranks, as FSDP2's must then be for the rest
+            (`set_gradient_divide_factor(1.0)`; a warning says if it is not). An input that is a DTensor says by its
+            placements what its rows are, Shard or Replicate (Partial and Shard(-1) are redistributed to it), and the
+            loss is a DTensor, Partial("sum") where rows are sharded on other dimensions. Gradients come back in the
+            placements of their tensors. Other placements are a TypeError.
         allow_retain_graph: make the logits of the kept rows again at each backward, as reduction="none" does, instead
             of the gradients during the forward call. Not needed for retain_graph=True.
         threshold and the other options: as in `truncated_cross_entropy`.
