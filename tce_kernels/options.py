@@ -269,7 +269,7 @@ class Chunks(NamedTuple):
     rows: str
 
 
-CHUNKS_SCHEMA = "int? chunk_size, ScalarType accumulate_dtype, Scalar gradient_tolerance, str rows"
+CHUNKS_SCHEMA = "int? chunk_size, ScalarType accumulate_dtype, Scalar gradient_tolerance, str whose_rows"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
