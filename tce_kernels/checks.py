@@ -149,7 +149,11 @@ def check_head(input, linear_weight, linear_bias, backend: str, are_shards: bool
     if linear_weight.dim() != 2 or any(holds(size == 0) for size in linear_weight.shape[are_shards:]):
         raise ValueError(
             f"linear_weight must be (V, D) with at least one class and feature, got shape {_shape(linear_weight)}"
-            + ("; one that is sharded over ranks needs their group" if holds(linear_weight.numel() == 0) else "")
+            + (
+                "; a weight that is sharded must be gathered first, or its ranks given as group"
+                if holds(linear_weight.numel() == 0)
+                else ""
+            )
         )
     V, D = linear_weight.shape
     if input.dim() == 0 or not _has_sizes(input, (*input.shape[:-1], D)):

@@ -45,7 +45,7 @@ def _logits_loss(logits, target, options, row_groups=(), is_summed=True):
 
     def path(*arguments):
         return autograd.loss_and_rows(
-            logits, *arguments, sizes, *options.form(), backend, options.group_name,
+            logits, *arguments, *options.form(), backend, sizes, options.group_name,
             in_forward=in_forward, inplace=options.inplace,
         )  # fmt: skip
 
@@ -89,7 +89,8 @@ def _linear_loss(input, linear_weight, linear_bias, target, options, row_groups=
 
     def path(*arguments):
         return linear.loss_and_rows(
-            *head, *arguments, sizes, *options.form(), *options.chunks(), dtype, backend, options.group_name, needs,
+            *head, *arguments, *options.form(), *options.chunks(), dtype, backend, needs,
+            options.rows_spread, sizes, options.group_name,
             in_forward=options.reduction != "none" and not options.allow_retain_graph, may_vanish=options.by_kept,
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .autograd import check_target
 from .chunks import through_chunks
-from .gradients import gradients_for
+from .gradients import Gradients, gradients_for
 from .head import Head, auto_chunk_size
 from .options import Chunks, Form
 from .shards import Shards, SpreadRows
@@ -26,13 +26,21 @@ def _chunk_size(chunks: Chunks, n_rows: int, head: Head, shards: Shards) -> int:
     return chunks.chunk_size or auto_chunk_size(n_rows, shards.most_classes, itemsize, on_cpu, over_ranks=True)
 
 
+def _class_fraction(gradients: Gradients, shards: Shards, chunks: Chunks) -> float:
+    """Of all ranks' classes."""
+    if float(chunks.gradient_tolerance) == 0 or gradients.n_rows == 0:
+        return 1.0
+    n_products = shards.gather(torch.tensor(gradients.n_products, device=gradients.head.input.device))
+    return int(n_products.sum()) / (gradients.n_rows * shards.n_classes)
+
+
 def linear_loss(
-    head: Head, target: Tensor, row_scale: Tensor, param: Tensor | None, shards: Shards, form: Form, chunks: Chunks,
-    backend: str, row_operations: ModuleType, needs: Sequence[bool],
+    head: Head, target: Tensor, row_scale: Tensor, param: Tensor | None, form: Form, chunks: Chunks, backend: str,
+    row_operations: ModuleType, needs: Sequence[bool], shards: Shards, rows_spread: bool,
 ) -> tuple[Tensor, Tensor, float, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss [n], rows [6, n], class_fraction and gradients of this rank's rows [n] and classes."""
     live, spread = target != form.ignore_index, None
-    if chunks.rows == "sharded":
+    if rows_spread:
         spread = SpreadRows(shards, live)
         target, row_scale = spread.gather(target), spread.gather(row_scale)
         head.input = spread.gather(head.input, head.dtype)
@@ -47,7 +55,7 @@ def linear_loss(
     target, form = shards.local(target, form.ignore_index), form.local()
     loss = row_scale.new_zeros(len(target))
     rows = row_scale.new_zeros(N_FIELDS, len(target))
-    gradients = gradients_for(head, needs, chunks, row_operations, form, row_scale, rows, shards)
+    gradients = gradients_for(head, needs, chunks, row_operations, form, row_scale, rows, shards, rows_spread)
 
     def begin(logits, chunk):
         gathered = shards.gather_later(row_operations.shard_sums(logits, target[chunk], form))
@@ -76,7 +84,7 @@ def linear_loss(
     wanted = live.nonzero().squeeze(1)
     chunk_size = _chunk_size(chunks, len(wanted), head, shards)
     through_chunks(head, wanted, chunk_size, backend, begin, gradients if any(needs) else None, ahead=1)
-    class_fraction = gradients.class_fraction()
+    class_fraction = _class_fraction(gradients, shards, chunks)
     dinput, dweight, dbias = gradients.finished()
     if spread is None:
         return loss, rows, class_fraction, dinput, dweight, dbias
@@ -86,20 +94,20 @@ def linear_loss(
 
 
 def linear_gradients(
-    head: Head, target: Tensor, row_grad: Tensor, rows: Tensor, shards: Shards, form: Form, chunks: Chunks,
-    backend: str, row_operations: ModuleType, needs: Sequence[bool],
+    head: Head, target: Tensor, row_grad: Tensor, rows: Tensor, form: Form, chunks: Chunks, backend: str,
+    row_operations: ModuleType, needs: Sequence[bool], shards: Shards, rows_spread: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients, from logits made again. Which rows take part is the same on all ranks, whatever the upstream
     gradient of one is."""
     wanted, spread = rows[COEF] != 0, None
-    if chunks.rows == "sharded":
+    if rows_spread:
         spread = SpreadRows(shards, wanted & (row_grad != 0))
         target, row_grad = spread.gather(target), spread.gather(row_grad)
         rows = spread.gather(rows.t()).t()
         head.input = spread.gather(head.input, head.dtype)
         wanted = torch.ones_like(target, dtype=torch.bool)
     target, form = shards.local(target, form.ignore_index), form.local()
-    gradients = gradients_for(head, needs, chunks, row_operations, form, row_grad, rows, shards)
+    gradients = gradients_for(head, needs, chunks, row_operations, form, row_grad, rows, shards, rows_spread)
 
     def begin(logits, chunk):
         def end():

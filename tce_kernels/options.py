@@ -266,10 +266,9 @@ class Chunks(NamedTuple):
     chunk_size: int | None
     accumulate_dtype: torch.dtype
     gradient_tolerance: float
-    rows: str
 
 
-CHUNKS_SCHEMA = "int? chunk_size, ScalarType accumulate_dtype, Scalar gradient_tolerance, str whose_rows"
+CHUNKS_SCHEMA = "int? chunk_size, ScalarType accumulate_dtype, Scalar gradient_tolerance"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

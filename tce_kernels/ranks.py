@@ -84,7 +84,8 @@ def agree(input, linear_weight, target, token_weight, weight, threshold, denomin
     group = resolved(group_name)
     n_classes = input.shape[-1] if linear_weight is None else len(linear_weight)
     if not on_host:
-        sizes = torch.tensor([n_classes, target.numel()], dtype=torch.int64, device=input.device)
+        sizes = torch.full((2,), target.numel(), dtype=torch.int64, device=input.device)  # no copy from the host
+        sizes[0].fill_(n_classes)
         return all_gather(sizes, group).t().contiguous()
     n_features = 0 if linear_weight is None else linear_weight.shape[1]
     facts = [0, target.numel(), n_classes, n_features, zlib.crc32(text.encode())]

@@ -314,10 +314,11 @@ def loss_and_kept_dlogits(logits, target, row_scale, param, form, count=None):
     """
     loss, rows = loss_and_dlogits(logits, target, row_scale, param, form, logits, fill=False)
     is_kept = rows[stats.COEF] != 0
-    counts = is_kept.sum()[None]
-    if count is not None:
-        counts = torch.cat([counts, count(logits[0], target, row_scale, rows)])
-    K, *counted = counts.tolist()  # the host waits
+    # In either case here the host waits, to learn K.
+    if count is None:
+        K, counted = len(is_kept.nonzero()), []
+    else:
+        K, *counted = torch.cat([is_kept.sum()[None], count(logits[0], target, row_scale, rows)]).tolist()
     return loss, rows, pack(logits[0], is_kept, K), counted
 
 

@@ -684,10 +684,11 @@ def test_the_number_of_classes_may_be_known_to_the_device_only(device, small_blo
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_one_shard_holds_stays_in_its_row(dtype, options, device, small_blocks):
     """Infinities and NaN of one rank, or of all; the other rows are as they would be without them."""
-    widths = [64, 70, 0, V - 134]
-    logits, target = make_inputs(9, V, dtype, device)
+    widths = [64, 70, 0, 30, V - 164]
+    logits, target = make_inputs(10, V, dtype, device)
     target[:] = 65  # on rank 1
     target[8] = 3
+    logits[9] -= 200
     logits[0, :64], logits[1, 64:134], logits[2] = -math.inf, -math.inf, -math.inf
     logits[3, 140], logits[4, 134:] = math.nan, math.nan
     logits[5, 2], logits[6, 65] = math.inf, math.inf
