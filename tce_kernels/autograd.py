@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import increment_version
+from torch.fx.node import has_side_effect
 from torch.library import custom_op
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -73,16 +74,19 @@ def check_target(target: Tensor, V: int, ignore_index: int, of: str = "") -> Non
 RANKS = "Tensor? sizes=None, str? group=None"
 
 
-def operator(name: str, arguments: str, returns: str):
+def operator(name: str, arguments: str, returns: str, communicates: bool = False):
     """Register an operator that writes to no argument, from a schema whose options are those of a `Form`.
 
     Its name here stands for the function itself where the tensors are plain: the way through torch.library costs 20 us.
+    communicates: a compiler must not leave it out where one rank has no use for the result, say for having no rows.
     """
     schema = f"({arguments.format(form=FORM_SCHEMA)}) -> ({returns})"
     n_tensors = arguments.removesuffix(RANKS).count("Tensor")  # which come first
 
     def decorate(function):
         registered = custom_op(f"tce_kernels::{name}", mutates_args=(), schema=schema)(function)
+        if communicates:
+            has_side_effect(getattr(torch.ops.tce_kernels, name).default)
 
         @functools.wraps(function)
         def call(*arguments):

@@ -55,6 +55,7 @@ def _chunk_size(chunks: Chunks, n_rows: int, head: Head) -> int:
     "linear_loss",
     HEAD + ", Tensor row_scale, Tensor? param, " + PLAIN,
     "Tensor loss, Tensor rows, Tensor class_fraction, " + GRADIENTS,
+    communicates=True,
 )
 def linear_loss(input, weight, bias, target, row_scale, param, *plain):
     """Loss (...), rows (6, ...), class_fraction [], and the gradients of the sum that are needed of the head's tensors.
@@ -128,6 +129,7 @@ def _(input, weight, bias, target, row_scale, param, *plain):
     "linear_gradients",
     HEAD + ", Tensor row_grad, Tensor rows, " + PLAIN,
     GRADIENTS,
+    communicates=True,
 )
 def linear_gradients(input, weight, bias, target, row_grad, rows, *plain):
     """The gradients that are needed, from logits made again, for row_grad (...) = upstream gradient * row_scale."""

@@ -69,6 +69,7 @@ def _refuse_differences(table: list[list[int]], rows_spread: bool, text: str, gr
     "Tensor input, Tensor? linear_weight, Tensor target, Tensor? token_weight, Tensor? weight, Tensor? threshold, "
     "Tensor? denominator, str text, bool rows_spread, bool on_host, str group",
     "Tensor sizes",
+    communicates=True,
 )
 def agree(input, linear_weight, target, token_weight, weight, threshold, denominator, *plain):
     """`sizes` [2, p] of `Shards`, once all ranks have found that their arguments go together; otherwise every rank
@@ -108,7 +109,7 @@ def _(input, *arguments):
     return input.new_empty(shape, dtype=torch.int64, device="cpu" if on_host else input.device)
 
 
-@operator("sum_over_ranks", "Tensor x, Tensor? sizes, str group", "Tensor sum")
+@operator("sum_over_ranks", "Tensor x, Tensor? sizes, str group", "Tensor sum", communicates=True)
 def _sum_over_ranks(x, sizes, group_name):
     return all_gather(x, resolved(group_name)).sum(0)
 
