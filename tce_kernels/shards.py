@@ -101,6 +101,8 @@ class SpreadRows:
         padded = x.new_zeros(max(self.counts), *x.shape[1:], dtype=dtype)
         padded[: len(self.own)] = x[self.own]
         gathered = self.shards.gather(padded)
+        if min(self.counts) == max(self.counts):
+            return gathered.flatten(0, 1)
         return torch.cat([part[:count] for part, count in zip(gathered, self.counts, strict=True)])
 
     def own_rows(self, x: Tensor) -> Tensor:
@@ -114,17 +116,17 @@ class SpreadRows:
 
         `wanted` is the same on all ranks; other rows are zeros.
         """
-        indices = [part.nonzero().squeeze(1) for part in wanted.split(self.counts)]
-        parts = x.split(self.counts)
-        padded = x.new_zeros(len(parts), max(map(len, indices)), *x.shape[1:])
-        for some, part, index in zip(padded, parts, indices, strict=True):
-            some[: len(index)] = part[index]
+        counts = torch.stack([part.sum() for part in wanted.split(self.counts)]).tolist()
+        indices = wanted.nonzero().squeeze(1).split(counts)
+        padded = x.new_zeros(len(counts), max(counts), *x.shape[1:])
+        for some, index in zip(padded, indices, strict=True):
+            some[: len(index)] = x[index]
         sums = padded.new_empty(padded.shape[1:])
         if sums.numel():
             dist = torch_distributed()
             scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # before torch 2.13
             scatter(sums.view(-1), padded.view(-1), group=self.shards.group)
         out = x.new_zeros(self.n_rows, *x.shape[1:])
-        index = indices[self.shards.rank]
+        index = indices[self.shards.rank] - self.own_part.start
         out[self.own[index]] = sums[: len(index)]
         return out
