@@ -23,6 +23,7 @@ from tests.distributed.calls import (
     in_one_process,
     layouts,
     on_a_rank,
+    on_a_rank_again,
     share_of,
     tensors_of,
 )
@@ -36,8 +37,8 @@ pytestmark = [
 WAYS = LOGITS, REPLICATED, SHARDED
 
 
-def compare(ranks, p, call):
-    assert_same(call, in_one_process(call, ranks.device), ranks.run(on_a_rank, p, call))
+def compare(ranks, p, call, case=on_a_rank):
+    assert_same(call, in_one_process(call, ranks.device), ranks.run(case, p, call))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -55,7 +56,7 @@ def test_every_option(ranks, way, name):
 def test_every_layout(ranks, way, name):
     for p in (2, 3, 4):
         for sizes, counts in layouts(p):
-            compare(ranks, p, Call(way, sizes, OPTIONS[name], counts))
+            compare(ranks, p, Call(way, sizes, OPTIONS[name], counts), case=on_a_rank_again)
 
 
 def test_truncation_leaves_rows_out_and_keeps_some(ranks):
@@ -129,24 +130,22 @@ def test_rows_that_ranks_have_of_their_own(ranks, changes):
 @pytest.mark.parametrize("way", [REPLICATED, SHARDED])
 def test_tolerances(ranks, way):
     """Loss and statistics are exact; the classes of least gradient mass stand in as the product of their marginals."""
-    tolerance, exact = 0.05, {"threshold": 0.5, "return_stats": True, "chunk_size": 8}
-    for p in (2, 4):
-        sizes, counts = next(layouts(p))
-        call = Call(way, sizes, exact | {"gradient_tolerance": tolerance}, counts)
-        whole = in_one_process(replace(call, options=exact), ranks.device)
-        logits = in_one_process(Call(LOGITS, (211,), {"threshold": 0.5}), ranks.device)
-        mass = logits["gradient of logits"].abs().sum()
-        x, weight, *_ = tensors_of(call)
-        largest = {"input": weight.abs().max(), "weight": x.abs().max(), "bias": torch.tensor(1.0)}
-        results, fractions = ranks.run(on_a_rank, p, call), set()
-        for rank, result in enumerate(results):
-            fractions.add(result.pop("class_fraction").item())
-            for name, factor in largest.items():  # what is left out and what stands in for it: the tolerated mass each
-                key = f"gradient of {name}"
-                error = (result.pop(key) - share_of(call, key, whole[key], rank)).abs().max()
-                assert 0 < error <= 2 * tolerance * mass * factor
-        assert len(fractions) == 1 and 0 < fractions.pop() < 1
-        assert_same(call, {name: whole[name] for name in results[0]}, results)
+    tolerance, exact = 0.2, {"threshold": 0.5, "return_stats": True}
+    sizes = 500, 700, 0, 800
+    call = Call(way, sizes, exact | {"gradient_tolerance": tolerance}, (20, 0, 10, 7))
+    whole = in_one_process(replace(call, options=exact), ranks.device)
+    mass = in_one_process(replace(call, way=LOGITS, options=exact), ranks.device)["gradient of logits"].abs().sum()
+    x, weight, *_ = tensors_of(call)
+    largest = {"input": weight.abs().max(), "weight": x.abs().max(), "bias": torch.tensor(1.0)}
+    results = ranks.run(on_a_rank_again, 4, call)
+    fractions = {result.pop("class_fraction").item() for result in results}
+    assert len(fractions) == 1 and 0 < fractions.pop() < 1
+    for rank, result in enumerate(results):
+        for name, factor in largest.items():  # what is left out and what stands in for it: the tolerated mass each
+            key = f"gradient of {name}"
+            error = (result.pop(key) - share_of(call, key, whole[key], rank)).abs()
+            assert not error.numel() or 0 < error.max() <= 2 * tolerance * mass * factor
+    assert_same(call, {name: whole[name] for name in results[0]}, results)
 
 
 @needs_triton
@@ -163,14 +162,15 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize("options", [{"reduction": "none", "return_stats": True}, {"z_loss": 1e-2}])
-@pytest.mark.parametrize("poison", [
-    (slice(2, 3), slice(50, 51), NAN), (slice(2, 3), slice(210, 211), INF), (slice(2, 3), slice(0, 211), -INF), (slice(2, 3), slice(0, 211), NAN),
-    (slice(2, 3), slice(0, 71), -INF), (slice(2, 3), slice(71, 141), -INF), (slice(2, 3), slice(141, 211), -INF),  # all that one rank has
-    (slice(17, 18), slice(0, 211), NAN),  # an ignored row
+@pytest.mark.parametrize("row, columns, value", [
+    (2, (50, 51), NAN), (2, (210, 211), INF), (2, (0, 211), -INF), (2, (0, 211), NAN),
+    (2, (0, 71), -INF), (2, (71, 141), -INF), (2, (141, 211), -INF),  # all that one rank has
+    (17, (0, 211), NAN),  # an ignored row
 ])  # fmt: skip
-def test_values_that_break_a_row(ranks, poison, options):
+def test_values_that_break_a_row(ranks, row, columns, value, options):
     """The row is what it is in one process, on every rank, and no other row is touched."""
     sizes, _ = next(layouts(3))
+    poison = slice(row, row + 1), slice(*columns), value
     for rule in ({"threshold": 0.5}, {"threshold": 0.5, "label_smoothing": 0.1}, {"gamma": 2.0}):
         compare(ranks, 3, Call(LOGITS, sizes, rule | options, poison=poison))
 
