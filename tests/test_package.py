@@ -63,6 +63,7 @@ BENCHMARKS = {
     "codegen.resources": {"codegen.cases", "codegen.sass"},
     "codegen.compiled": {"codegen.cases", "codegen.devices", "codegen.resources"},
     "codegen.command": {"report", "codegen.cases", "codegen.compiled", "codegen.devices"},
+    "distributed.model": set(),
     "training.transformer": set(),
     "training.loop": {"training.transformer"},
     "training.tolerances": {"plots", "report", "training.loop", "training.transformer"},
