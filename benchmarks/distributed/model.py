@@ -96,35 +96,47 @@ class Queues:
 
 
 def step(head: Head, queues: Queues) -> None:
+    """What one call puts into the queues; as the package does it, a chunk ahead and with two buffers if p > 1."""
     p, kept, rows, N, D, V, _ = head
     alone, others = p == 1, (p - 1) / p
     columns = V / p
     chunk = chunk_rows(head)
-    sizes = [min(chunk, N - start) for start in range(0, N, chunk)]
+    waiting = [0.0] if alone else [0.0, 0.0]  # kept rows in a buffer, until half a chunk has come together
 
-    def sums_of(n):
-        """Logits and their sums; when the sums of all ranks are there."""
+    def begin(n):
+        """Logits and their sums; returns when the sums of all ranks are there."""
         ready = queues.calculate(2 * n * D * columns / FLOPS + n * columns * LOGIT_BYTES / MEMORY)
         return ready if alone else queues.communicate(collective(head, (p - 1) * n * SUM_BYTES))
 
-    def gradients_of(n, gathered):
-        n *= kept
+    def end(buffer, n, gathered):
         # The logits of the kept rows are read again and their gradient is written.
-        queues.calculate(HOST_WAIT + 2 * n * columns * LOGIT_BYTES / MEMORY, after=gathered)
+        queues.calculate(HOST_WAIT + 2 * n * kept * columns * LOGIT_BYTES / MEMORY, after=gathered)
+        waiting[buffer] += n * kept
+        if waiting[buffer] > (chunk - 1) // 2:
+            multiply(buffer)
+
+    def multiply(buffer):
+        n, waiting[buffer] = waiting[buffer], 0.0
+        if n == 0:
+            return
         product = 2 * n * D * columns / FLOPS
-        queues.calculate(product)  # of the input
+        queues.calculate(product)  # gradient of the input
         if rows == "replicated" and not alone:  # a reduce-scatter and an all-gather
             queues.communicate(2 * collective(head, others * n * D * DX_BYTES))
-        queues.calculate(product)  # of the weight
+        queues.calculate(product)  # and of the weight
 
     if rows == "sharded" and not alone:
         queues.computed = queues.communicate(collective(head, others * N * D * LOGIT_BYTES))
-    ahead = []
-    for n in sizes:
-        ahead.append((n, sums_of(n)))
-        if len(ahead) > 1:
-            gradients_of(*ahead.pop(0))
-    gradients_of(*ahead.pop(0))
+    begun = []
+    for i, start in enumerate(range(0, N, chunk)):
+        n = min(chunk, N - start)
+        begun.append((i % len(waiting), n, begin(n)))
+        if len(begun) == len(waiting):
+            end(*begun.pop(0))
+    for each in begun:
+        end(*each)
+    for buffer in range(len(waiting)):
+        multiply(buffer)
     if rows == "sharded" and not alone:
         queues.communicate(collective(head, others * kept * N * D * DX_BYTES))
 
