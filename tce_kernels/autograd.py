@@ -21,6 +21,7 @@ from . import torch_ops
 from .context import has_data, has_tangent, is_plain
 from .layout import flat, rows_like, rows_of, shaped
 from .options import FORM_SCHEMA, Form, form_of
+from .shards import Shards
 from .stats import N_FIELDS
 from .torch_ops import compute_dtype
 
@@ -89,17 +90,13 @@ def operator(name: str, arguments: str, returns: str):
     return decorate
 
 
-def _row_loss(logits, target, row_scale, param, form: Form, backend) -> tuple[Tensor, Tensor]:
-    if backend == "torch":
-        check_target(target, logits.shape[-1], form.ignore_index)
-    loss, rows = backend_of(backend, logits).row_loss(rows_of(logits), flat(target), flat(row_scale), param, form)
-    return shaped(loss, target.shape), shaped(rows, (N_FIELDS, *target.shape))
-
-
-def _write_dlogits(logits, target, row_grad, rows, form: Form, backend, out) -> None:
-    x = rows_of(logits)
+def _write_dlogits(logits, target, row_grad, rows, sizes, form: Form, backend, group, out) -> None:
+    x, n_classes = rows_of(logits), None
+    if group is not None:
+        shards = Shards(group, sizes)
+        target, form, n_classes = shards.local(target, form.ignore_index), form.local(), shards.n_classes
     backend_of(backend, logits).dlogits(
-        x, flat(target), flat(row_grad), rows.reshape(N_FIELDS, -1), form, rows_like(x, out)
+        x, flat(target), flat(row_grad), rows.reshape(N_FIELDS, -1), form, rows_like(x, out), n_classes
     )
 
 
@@ -123,13 +120,24 @@ def _fake_rows(logits: Tensor, target: Tensor) -> Tensor:
 
 @operator(
     "row_loss",
-    "Tensor logits, Tensor target, Tensor row_scale, Tensor? param, {form}, str backend",
+    "Tensor logits, Tensor target, Tensor row_scale, Tensor? param, Tensor? sizes, {form}, str backend, str? group",
     "Tensor loss, Tensor rows",
 )
-def row_loss(logits, target, row_scale, param, *plain):
-    """Loss (...) and rows (6, ...), from one read of the logits."""
-    *form, backend = plain
-    return _row_loss(logits, target, row_scale, param, form_of(*form), backend)
+def row_loss(logits, target, row_scale, param, sizes, *plain):
+    """Loss (...) and rows (6, ...), from one read of the logits; with a group, of all its ranks' logits."""
+    *form, backend, group = plain
+    form, x, flat_scale = form_of(*form), rows_of(logits), flat(row_scale)
+    row_operations = backend_of(backend, logits)
+    shards = None if group is None else Shards(group, sizes)
+    if backend == "torch":
+        check_target(target, logits.shape[-1] if group is None else shards.n_classes, form.ignore_index)
+    if group is None:
+        loss, rows = row_operations.row_loss(x, flat(target), flat_scale, param, form)
+    else:
+        local, form = flat(shards.local(target, form.ignore_index)), form.local()
+        sums = shards.gather(row_operations.shard_sums(x, local, form))
+        loss, rows = row_operations.row_loss_of_sums(sums, local, flat_scale, param, form, shards.n_classes)
+    return shaped(loss, target.shape), shaped(rows, (N_FIELDS, *target.shape))
 
 
 @row_loss.register_fake
@@ -139,14 +147,14 @@ def _(logits, target, *_):
 
 @operator(
     "dlogits",
-    "Tensor logits, Tensor target, Tensor row_grad, Tensor rows, {form}, str backend",
+    "Tensor logits, Tensor target, Tensor row_grad, Tensor rows, Tensor? sizes, {form}, str backend, str? group",
     "Tensor dlogits",
 )
-def dlogits(logits, target, row_grad, rows, *plain):
+def dlogits(logits, target, row_grad, rows, sizes, *plain):
     """Gradient (..., V) for row_grad (...) = upstream gradient * row_scale."""
-    *form, backend = plain
+    *form, backend, group = plain
     out = _empty_like(logits)
-    _write_dlogits(logits, target, row_grad, rows, form_of(*form), backend, out)
+    _write_dlogits(logits, target, row_grad, rows, sizes, form_of(*form), backend, group, out)
     return out
 
 
@@ -292,17 +300,17 @@ class RowLoss(Function):
     generate_vmap_rule = True
 
     @forward_method
-    def forward(logits, target, row_scale, param, *plain):
-        *form, backend, _, _ = plain
-        return row_loss(logits, target, row_scale, param, *form, backend)
+    def forward(logits, target, row_scale, param, sizes, *plain):
+        *plain, _, _ = plain
+        return row_loss(logits, target, row_scale, param, sizes, *plain)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, target, row_scale, _, *ctx.form, ctx.backend, ctx.inplace, ctx.has_tangent = inputs
+        logits, target, row_scale, _, sizes, *ctx.plain, ctx.inplace, ctx.has_tangent = inputs
         _, rows = output
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, row_scale, rows)
-        ctx.save_for_forward(logits, target, row_scale, rows)
+        ctx.save_for_backward(logits, target, row_scale, rows, sizes)
+        ctx.save_for_forward(logits, target, row_scale, rows, sizes)
         ctx.memory, ctx.handed_out = memory_of(logits) if ctx.inplace else None, False
         ctx.n_constants = len(inputs) - 1
 
@@ -314,16 +322,17 @@ class RowLoss(Function):
             raise RuntimeError(SECOND_BACKWARD)
         if ctx.has_tangent:
             raise RuntimeError(DOUBLE_BACKWARD)
-        logits, target, row_scale, rows = ctx.saved_tensors
+        logits, target, row_scale, rows, sizes = ctx.saved_tensors
         with torch.no_grad():
             logits, row_grad = logits.detach(), upstream * row_scale
             if ctx.inplace and is_plain(row_grad) and is_memory(ctx.memory, logits):
                 ctx.handed_out = True
-                _write_dlogits(logits, target, row_grad, rows, form_of(*ctx.form), ctx.backend, logits)
+                *form, backend, group = ctx.plain
+                _write_dlogits(logits, target, row_grad, rows, sizes, form_of(*form), backend, group, logits)
                 increment_version(logits)
                 gradient = logits
             else:
-                gradient = dlogits(logits, target, row_grad, rows, *ctx.form, ctx.backend)
+                gradient = dlogits(logits, target, row_grad, rows, sizes, *ctx.plain)
         return hand_out(gradient, rows, upstream), *[None] * ctx.n_constants
 
 
@@ -344,23 +353,34 @@ class LossAndGradientWithTangent(LossAndGradient):
 class RowLossWithTangent(RowLoss):
     @staticmethod
     def jvp(ctx, tangent, *_):
-        logits, target, row_scale, rows = ctx.saved_tensors
-        gradient = dlogits(logits.detach(), target, row_scale, rows.detach(), *ctx.form, ctx.backend)
+        logits, target, row_scale, rows, sizes = ctx.saved_tensors
+        gradient = dlogits(logits.detach(), target, row_scale, rows.detach(), sizes, *ctx.plain)
         return _RefuseDerivative.apply(_along(gradient, tangent), rows), torch.zeros_like(rows)
 
 
-def loss_and_rows(logits: Tensor, *arguments, in_forward: bool, inplace: bool) -> tuple[Tensor, Tensor]:
-    """Loss and rows: per row (...), or their sum [] where the gradient is made in forward."""
+def loss_and_rows(
+    logits: Tensor, target: Tensor, row_scale: Tensor, param: Tensor | None, sizes: Tensor | None, *plain,
+    in_forward: bool, inplace: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Loss and rows: per row (...), or their sum [] where the gradient is made in forward.
+
+    With a group the gradient waits for backward: what the other ranks find comes between the two reads anyway.
+    """
+    *form_and_backend, group = plain
+    of_rows = target, row_scale, param
     tangent = has_tangent(logits)
     if not tangent and not (torch.is_grad_enabled() and logits.requires_grad):
-        return row_loss(logits, *arguments)
+        return row_loss(logits, *of_rows, sizes, *plain)
     if torch.compiler.is_compiling():
         # The gradient in backward, which costs 6 bytes per 2-byte logit: made in forward it would be scaled in a pass
         # of its own, which costs 8.
-        return RowLoss.apply(logits, *arguments, False, False)
-    function = LossAndGradientWithTangent if in_forward else RowLossWithTangent
-    plain = is_plain(logits, *arguments[:3])
+        return RowLoss.apply(logits, *of_rows, sizes, *plain, False, False)
+    if in_forward and group is None:
+        function, arguments = LossAndGradientWithTangent, (*of_rows, *form_and_backend)
+    else:
+        function, arguments = RowLossWithTangent, (*of_rows, sizes, *plain)
+    is_memory_only = is_plain(logits, *of_rows)
     # Without functional transforms `Function.apply` does no more than bind its arguments, which takes 10 us.
-    apply = super(Function, function).apply if plain else function.apply
-    loss, rows, *_ = apply(logits, *arguments, inplace and plain and not tangent, tangent)
+    apply = super(Function, function).apply if is_memory_only else function.apply
+    loss, rows, *_ = apply(logits, *arguments, inplace and is_memory_only and not tangent, tangent)
     return loss, rows

@@ -60,6 +60,17 @@ def check_choice(name: str, value, choices: tuple) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_group(value) -> None:
+    import torch.distributed as dist  # slow to import
+
+    if not isinstance(value, dist.ProcessGroup):
+        outside = dist.is_available() and value is dist.GroupMember.NON_GROUP_MEMBER
+        raise TypeError(
+            "group must be None or a torch.distributed.ProcessGroup, got "
+            + ("a group that this rank does not belong to" if outside else type(value).__name__)
+        )
+
+
 def check_constant(name: str, value: Tensor) -> None:
     """A tensor option: floating or integer, and not differentiated."""
     if value.dtype == torch.bool or value.is_complex():
@@ -70,6 +81,15 @@ def check_constant(name: str, value: Tensor) -> None:
         raise ValueError(
             f"{name} must not carry a forward-mode tangent: the loss has no derivative for it, so pass "
             f"torch.autograd.forward_ad.unpack_dual({name}).primal"
+        )
+
+
+def check_no_tangent(name: str, value: Tensor | None) -> None:
+    """What is asked where a row's classes are spread over ranks."""
+    if has_tangent(value):
+        raise ValueError(
+            f"{name} must not carry a forward-mode tangent with a group: the derivative would need the other ranks' "
+            "tangents. Take it in one process, without group"
         )
 
 
@@ -99,11 +119,11 @@ def _has_sizes(tensor: Tensor, sizes) -> bool:
     return True
 
 
-def check_logits(logits, backend: str) -> None:
-    """Dtype, shape and strides of the logits."""
+def check_logits(logits, backend: str, are_shards: bool) -> None:
+    """Dtype, shape and strides of the logits; those of a rank may be of no class."""
     check_tensor("logits", logits)
     _floating("logits", logits, backend)
-    if logits.dim() == 0 or holds(logits.shape[-1] == 0):
+    if logits.dim() == 0 or not are_shards and holds(logits.shape[-1] == 0):
         raise ValueError(f"logits must be (..., V) with at least one class, got shape {_shape(logits)}")
     if backend != "reference" and not torch.compiler.is_compiling() and not logits.is_contiguous():
         rows_of(logits)  # when compiled, the operator looks at the strides that it gets
@@ -123,18 +143,18 @@ def check_writable(logits: Tensor) -> None:
         )
 
 
-def check_head(input, linear_weight, linear_bias, backend: str) -> None:
-    """Dtypes, shapes and devices of what the logits are made from."""
+def check_head(input, linear_weight, linear_bias, backend: str, are_shards: bool) -> None:
+    """Dtypes, shapes and devices of what the logits are made from; the classes of a rank may be none."""
     tensors = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias}
     if linear_bias is None:
         del tensors["linear_bias"]
     for name, tensor in tensors.items():
         check_tensor(name, tensor)
         _floating(name, tensor, backend)
-    if linear_weight.dim() != 2 or any(holds(size == 0) for size in linear_weight.shape):
+    if linear_weight.dim() != 2 or any(holds(size == 0) for size in linear_weight.shape[are_shards:]):
         raise ValueError(
             f"linear_weight must be (V, D) with at least one class and feature, got shape {_shape(linear_weight)}"
-            + ("; a weight that is sharded must be gathered first" if holds(linear_weight.numel() == 0) else "")
+            + ("; one that is sharded over ranks needs their group" if holds(linear_weight.numel() == 0) else "")
         )
     V, D = linear_weight.shape
     if input.dim() == 0 or not _has_sizes(input, (*input.shape[:-1], D)):
@@ -156,8 +176,11 @@ def is_autocast(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def check_rows(target, options, of: str, like: Tensor, V: int) -> None:
-    """What there is per row or per class, against `like` (..., size), which the caller calls `of`."""
+def check_rows(target, options, of: str, like: Tensor, V: int | None) -> None:
+    """What there is per row or per class, against `like` (..., size), which the caller calls `of`.
+
+    V: the number of classes, None where other ranks have more of them.
+    """
     check_tensor("target", target)
     if target.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"target must be int32 or int64, got {target.dtype}")
@@ -170,8 +193,8 @@ def check_rows(target, options, of: str, like: Tensor, V: int) -> None:
     weight, token_weight = options.weight, options.token_weight
     if weight is not None:
         _on_device("weight", weight, of, like)
-        if not _has_sizes(weight, (V,)):
-            raise ValueError(f"weight must have one entry per class, [{V}], got {_shape(weight)}")
+        if weight.dim() != 1 or V is not None and not _has_sizes(weight, (V,)):
+            raise ValueError(f"weight must have one entry per class, [{'V' if V is None else V}], got {_shape(weight)}")
     if token_weight is not None:
         _on_device("token_weight", token_weight, of, like)
         if not _has_sizes(token_weight, target.shape):

@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import json
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,6 +13,7 @@ from . import autograd, checks, linear, reference, stats
 from .context import has_tangent, is_plain
 from .head import matmul_dtype
 from .options import Focal, LinearOptions, LogitsOptions, Truncated
+from .ranks import agree, all_or_none, are_compared, sum_over_ranks
 from .stats import LossStats
 from .torch_ops import compute_dtype
 
@@ -18,10 +21,7 @@ from .torch_ops import compute_dtype
 def logits_loss(logits: Tensor, target: Tensor, options: LogitsOptions) -> Tensor | tuple[Tensor, LossStats]:
     """The loss of given logits, whichever it is."""
     backend = _chosen(options.backend, logits)
-    checks.check_logits(logits, backend)
-    checks.check_rows(target, options, "logits", logits, logits.shape[-1])
-    if options.inplace and backend != "reference":
-        checks.check_writable(logits)
+    all_or_none(options.group, [logits, target], False, _check_logits_loss, logits, target, options, backend)
     if backend == "reference":
         loss = getattr(reference, f"{options.rule.name}_cross_entropy")
         return loss(logits, target, **options.of_reference())
@@ -30,13 +30,25 @@ def logits_loss(logits: Tensor, target: Tensor, options: LogitsOptions) -> Tenso
     # waits for backward and the upstream gradient. So does what is divided by a sum known only after all rows.
     late = options.allow_retain_graph or logits.dtype == torch.float16 or options.by_kept
     in_forward = options.reduction != "none" and not late
+    sizes = _agreed(logits, None, target, options, logits.dtype, backend)
 
     def path(*arguments):
         return autograd.loss_and_rows(
-            logits, *arguments, *options.form(), backend, in_forward=in_forward, inplace=options.inplace
-        )
+            logits, *arguments, sizes, *options.form(), backend, options.group_name,
+            in_forward=in_forward, inplace=options.inplace,
+        )  # fmt: skip
 
-    return _reduced(path, target, logits.shape[-1], logits.dtype, options, divide_last=options.by_kept)
+    return _reduced(path, target, sizes, logits.dtype, options, divide_last=options.by_kept)
+
+
+def _check_logits_loss(logits, target, options, backend):
+    are_shards = options.group_name is not None
+    checks.check_logits(logits, backend, are_shards)
+    checks.check_rows(target, options, "logits", logits, None if are_shards else logits.shape[-1])
+    if are_shards:
+        checks.check_no_tangent("logits", logits)
+    if options.inplace and backend != "reference":
+        checks.check_writable(logits)
 
 
 def linear_loss(
@@ -45,8 +57,7 @@ def linear_loss(
     """The loss of logits that are made here, whichever it is."""
     backend = _chosen(options.backend, input)
     head = input, linear_weight, linear_bias
-    checks.check_head(*head, backend)
-    checks.check_rows(target, options, "input", input, len(linear_weight))
+    all_or_none(options.group, [*head, target], True, _check_linear_loss, *head, target, options, backend)
     if backend == "reference":
         loss = getattr(reference, f"linear_{options.rule.name}_cross_entropy")
         return loss(input, linear_weight, target, linear_bias=linear_bias, **options.of_reference())
@@ -55,17 +66,26 @@ def linear_loss(
         return logits_loss(torch.nn.functional.linear(*head), target, LogitsOptions(**of_logits))
 
     dtype = matmul_dtype(input)
+    needs = [tensor is not None and torch.is_grad_enabled() and tensor.requires_grad for tensor in head]
+    sizes = _agreed(input, linear_weight, target, options, dtype, backend, linear_bias is not None, needs)
 
     def path(*arguments):
         return linear.loss_and_rows(
-            *head, *arguments, *options.form(), *options.chunks(), dtype, backend,
+            *head, *arguments, sizes, *options.form(), *options.chunks(), dtype, backend, options.group_name, needs,
             in_forward=options.reduction != "none" and not options.allow_retain_graph, may_vanish=options.by_kept,
         )  # fmt: skip
 
     # Divided last, float16 gradients do not underflow on the way: the division meets their sums over rows.
-    return _reduced(
-        path, target, len(linear_weight), dtype, options, divide_last=options.by_kept or dtype == torch.float16
-    )
+    return _reduced(path, target, sizes, dtype, options, divide_last=options.by_kept or dtype == torch.float16)
+
+
+def _check_linear_loss(input, linear_weight, linear_bias, target, options, backend):
+    are_shards = options.group_name is not None
+    checks.check_head(input, linear_weight, linear_bias, backend, are_shards)
+    checks.check_rows(target, options, "input", input, None if are_shards else len(linear_weight))
+    if are_shards:
+        for name, tensor in (("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+            checks.check_no_tangent(name, tensor)
 
 
 def _chosen(backend: str, tensor) -> str:
@@ -74,17 +94,36 @@ def _chosen(backend: str, tensor) -> str:
     return backend
 
 
-def _reduced(path, target, V, dtype, options, divide_last):
+def _agreed(input, linear_weight, target, options, dtype, backend, has_bias=False, needs=()) -> Tensor | None:
+    """Numbers of classes and of rows of each rank, once the ranks have found that their arguments go together."""
+    if options.group_name is None:
+        return None
+    text = ""
+    if not torch.compiler.is_compiling():
+        facts = {"dtype": str(dtype), "backend": backend, "linear_bias": has_bias, "requires_grad": list(needs)}
+        text = json.dumps({**options.of_ranks(), **facts})
+    tensors = [value if isinstance(value, Tensor) else None for value in options.checked_by_ranks()]
+    on_host = are_compared([input], always=linear_weight is not None)
+    return agree(input, linear_weight, target, *tensors, text, options.rows_spread, on_host, options.group_name)
+
+
+def _reduced(path, target, sizes, dtype, options, divide_last):
     """What the paths share: one number per row each before, the reduction after.
 
     path(target, row_scale, param) returns the loss, per row or summed up, `rows`, and class_fraction if it knows one.
     """
     dtype = compute_dtype(dtype)
     target = target.long()  # int32 would take an ignore_index beyond its range for another number
-    row_scale = _row_weight(target, options, V, dtype)
+    row_scale = _row_weight(target, options, dtype)
+    if sizes is not None and not sizes.is_cpu and options.weight is not None:  # the host cannot know that they fit
+        row_scale = torch.where(sizes[0].sum() == len(options.weight), row_scale, math.nan)
+    spread = [options.group_name] if options.rows_spread else []
     mean = options.reduction == "mean"
     if mean and not options.by_kept:
-        total = row_scale.sum() if isinstance(options.denominator, str) else _scalar(options.denominator, row_scale)
+        if isinstance(options.denominator, str):
+            total = sum_over_ranks(row_scale.sum(), sizes, spread)
+        else:
+            total = _scalar(options.denominator, row_scale)
         if divide_last:
             row_scale = row_scale * (total != 0)  # a product, since `total` may be on the CPU
         elif isinstance(options.denominator, str) and not options.is_weighted:
@@ -95,10 +134,10 @@ def _reduced(path, target, V, dtype, options, divide_last):
     loss, rows, *class_fraction = path(target, row_scale, options.rule.param(dtype, target.device))
 
     rows = rows.detach()
-    if options.reduction != "none" and loss.dim():
-        loss = loss.sum()
+    if options.reduction != "none":
+        loss = sum_over_ranks(loss.sum() if loss.dim() else loss, sizes, spread)
     if options.by_kept:
-        total = (row_scale * (rows[stats.COEF] != 0)).sum()
+        total = sum_over_ranks((row_scale * (rows[stats.COEF] != 0)).sum(), sizes, spread)
     if mean and divide_last:
         is_zero = total == 0
         if options.by_kept:
@@ -110,14 +149,14 @@ def _reduced(path, target, V, dtype, options, divide_last):
     return loss, stats.from_rows(rows, target != options.ignore_index, *class_fraction)
 
 
-def _row_weight(target, options, V, dtype):
+def _row_weight(target, options, dtype):
     """The weight of each row, 0 for those that are ignored."""
     if not options.is_weighted:
         if is_plain(target):  # one kernel, where a comparison and a conversion would be two
             return torch.ne(target, options.ignore_index, out=torch.empty_like(target, dtype=dtype))
         return (target != options.ignore_index).to(dtype)
     weight, token_weight = options.weight, options.token_weight
-    row_weight = None if weight is None else weight.to(dtype)[target.clamp(0, V - 1)]
+    row_weight = None if weight is None else weight.to(dtype)[target.clamp(0, len(weight) - 1)]
     if token_weight is not None:
         token_weight = token_weight.to(dtype)
         row_weight = token_weight if row_weight is None else row_weight * token_weight
@@ -164,7 +203,9 @@ def _public(loss: Callable, options_type: type, rule_type: type) -> Callable:
             given = {**defaults, **dict(zip(positional, arguments, strict=False)), **keywords}
             given_tensors = [given.pop(name) for name in tensors]
             known = not torch.compiler.is_compiling() and _VALUES.issuperset(map(type, given.values()))
-            return loss(*given_tensors, (remembered if known else options_of)(*given.values()))
+            make = remembered if known else options_of
+            options = all_or_none(given["group"], given_tensors, loss is linear_loss, make, *given.values())
+            return loss(*given_tensors, options)
 
         return public
 
@@ -190,6 +231,7 @@ def truncated_cross_entropy(
     allow_retain_graph: bool = False,
     return_stats: bool = False,
     backend: str = "auto",
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Cross-entropy that drops the tokens whose target the model already predicts with confidence.
 
@@ -261,6 +303,7 @@ def focal_cross_entropy(
     allow_retain_graph: bool = False,
     return_stats: bool = False,
     backend: str = "auto",
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Focal loss on classes: cross-entropy weighed down where the model is confident.
 
@@ -298,9 +341,11 @@ def linear_truncated_cross_entropy(
     allow_retain_graph: bool = False,
     return_stats: bool = False,
     backend: str = "auto",
+    group: "torch.distributed.ProcessGroup | None" = None,
     chunk_size: int | str = "auto",
     accumulate_dtype: torch.dtype = torch.float32,
     gradient_tolerance: float = 0.0,
+    rows: str = "replicated",
 ) -> Tensor | tuple[Tensor, LossStats]:
     """`truncated_cross_entropy` of the logits input linear_weight^T + linear_bias, which are never all in memory.
 
@@ -375,9 +420,11 @@ def linear_focal_cross_entropy(
     allow_retain_graph: bool = False,
     return_stats: bool = False,
     backend: str = "auto",
+    group: "torch.distributed.ProcessGroup | None" = None,
     chunk_size: int | str = "auto",
     accumulate_dtype: torch.dtype = torch.float32,
     gradient_tolerance: float = 0.0,
+    rows: str = "replicated",
 ) -> Tensor | tuple[Tensor, LossStats]:
     """`focal_cross_entropy` of the logits input linear_weight^T + linear_bias, which are never all in memory.
 

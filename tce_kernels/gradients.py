@@ -8,6 +8,7 @@ what they are. Such a tail has rank one, and all tails of a call go through two 
 """
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -16,28 +17,39 @@ import torch
 from torch import Tensor
 
 from .head import Head, add_product
-from .layout import shaped
-from .options import Form
+from .options import Chunks, Form
+from .shards import Shards
 from .torch_ops import row_factors
 
 # Where more of the classes than this are left, all of them take part, which is then quicker.
 DENSE_ABOVE = 0.7
+MOST_ON_THEIR_WAY = 2  # products whose sums over ranks are not waited for yet
 TILE_CLASSES = 64  # of which the number of classes is a multiple, so that rows start and end where matmuls like it
 ONE = 2**40  # of shares as integers
 TAIL_SCALE = 256  # of shares of about 1 / V, so that they are no subnormal numbers in float16
 
 
 class Gradients:
-    """Gradients of input [N, D], weight [V, D] and bias [V], those that are needed; the others stay empty."""
+    """Gradients of input [N, D], weight [V, D] and bias [V], those that are needed; the others stay empty.
+
+    With shards, whose ranks have other classes of the same rows, the products with the weight are parts of sums over
+    ranks. They are summed up in the dtype of the totals, while the next rows are worked on; or left as they are with
+    `in_parts`.
+    """
 
     count = None  # what a chunk could tell the host besides its kept rows: nothing
 
-    def __init__(self, head: Head, needs: Sequence[bool], accumulate_dtype: torch.dtype):
-        self.head = head
+    def __init__(
+        self, head: Head, needs: Sequence[bool], accumulate_dtype: torch.dtype, shards: Shards | None = None,
+        in_parts: bool = False,
+    ):  # fmt: skip
+        self.head, self.shards, self.in_parts = head, shards, in_parts
+        self.on_their_way = deque()  # rows [K], and what waits for their sums [K, D]
         self.needs_input, self.needs_weight, self.needs_bias = needs
         V = len(head.weight)
         total_dtype = torch.promote_types(accumulate_dtype, head.dtype)
-        self.input = head.input.new_zeros(head.input.shape if self.needs_input else 0, dtype=head.dtype)
+        input_dtype = total_dtype if in_parts else head.dtype
+        self.input = head.input.new_zeros(head.input.shape if self.needs_input else 0, dtype=input_dtype)
         self.weight = head.weight.new_empty(head.weight.shape if self.needs_weight else 0, dtype=total_dtype)
         self.bias = head.weight.new_zeros(V if self.needs_bias else 0, dtype=total_dtype)
         self.beta = 0  # the first product is written, not added, so the weight's total starts uninitialised
@@ -45,17 +57,38 @@ class Gradients:
     def add(self, dlogits: Tensor, rows: Tensor) -> None:
         """Take in the gradients of the logits [K, V] of some rows [K]."""
         if self.needs_input:
-            self.input[rows] = torch.mm(dlogits, self.head.weight)
+            self._take(rows, self._product(dlogits, self.head.weight))
         if self.needs_weight:
             add_product(self.weight, dlogits.t(), self.head.inputs(rows), self.beta)
             self.beta = 1
         if self.needs_bias:
             self.bias += dlogits.sum(0, dtype=self.bias.dtype)
 
-    def finished(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+    def _product(self, dlogits: Tensor, weight: Tensor) -> Tensor:
+        if self.shards is None:
+            return torch.mm(dlogits, weight)
+        product = weight.new_empty(len(dlogits), weight.shape[1], dtype=self.weight.dtype)
+        add_product(product, dlogits, weight, beta=0)
+        return product
+
+    def _take(self, rows: Tensor, product: Tensor) -> None:
+        if self.shards is None or self.in_parts:
+            self.input[rows] = product
+            return
+        self.on_their_way.append((rows, self.shards.add_later(product)))
+        if len(self.on_their_way) > MOST_ON_THEIR_WAY:
+            self._receive()
+
+    def _receive(self) -> None:
+        rows, wait = self.on_their_way.popleft()
+        self.input[rows] = wait().to(self.input.dtype)
+
+    def finished(self) -> tuple[Tensor, Tensor, Tensor]:
+        while self.on_their_way:
+            self._receive()
         if self.beta == 0:
             self.weight.zero_()
-        return shaped(self.input, shape if self.needs_input else (0,)), self.weight, self.bias
+        return self.input, self.weight, self.bias
 
     def class_fraction(self) -> float:
         """Mean share of the classes that took part, over the rows that did."""
@@ -90,9 +123,11 @@ class GradientsOfHeaviestClasses(Gradients):
 
     def __init__(
         self, head: Head, needs: Sequence[bool], accumulate_dtype: torch.dtype, tolerance: float,
-        row_operations: ModuleType, form: Form, row_grad: Tensor, rows: Tensor,
+        row_operations: ModuleType, form: Form, row_grad: Tensor, rows: Tensor, shards: Shards | None = None,
+        in_parts: bool = False,
     ):  # fmt: skip
-        super().__init__(head, needs, accumulate_dtype)
+        super().__init__(head, needs, accumulate_dtype, shards, in_parts)
+        self.n_all_classes = len(head.weight) if shards is None else shards.n_classes
         self.tolerance, self.row_operations, self.form = tolerance, row_operations, form
         self.row_grad, self.rows = row_grad, rows
         self.tails: list[_Tail] = []
@@ -119,7 +154,7 @@ class GradientsOfHeaviestClasses(Gradients):
         n, V = dlogits.shape
         _, of_p, of_target = row_factors(row_grad, rows, self.form)
         live, negative = of_target != 0, of_p < 0
-        of_ones = of_target * (self.form.label_smoothing / V)
+        of_ones = of_target * (self.form.label_smoothing / self.n_all_classes)
         groups = torch.stack([live & ~negative, live & negative])
         self.sums += self.row_operations.class_sums(dlogits, groups)
         self.sums_of_ones += torch.where(groups, of_ones, 0).sum(1)
@@ -165,10 +200,15 @@ class GradientsOfHeaviestClasses(Gradients):
             self.bias += self.sums.sum(0)
         row_sums = self.row_operations.keep_classes(dlogits, classes)
         dlogits = dlogits[:, : self.n_classes]
+        tails = self._tails(rows, row_sums, classes, n_left_out) if self.needs_input or self.needs_weight else []
         if self.needs_input:
             weight = self.head_memory(self.n_classes, self.head.weight.shape[1])
             torch.index_select(self.head.weight, 0, classes, out=weight)
-            self.input[rows] = torch.mm(dlogits, weight)
+            product = self._product(dlogits, weight)
+            if self.shards is not None:  # before it leaves for the other ranks
+                for tail, of_tail in zip(tails, self._products_of_tails(tails), strict=True):
+                    product += (tail.row_sums[:, None] * of_tail).to(product.dtype)
+            self._take(rows, product)
         if self.needs_weight:
             if self.beta == 0:
                 self.weight.zero_()
@@ -176,40 +216,42 @@ class GradientsOfHeaviestClasses(Gradients):
             product = self.weight_memory(self.n_classes, self.weight.shape[1])
             add_product(product, dlogits.t(), self.head.inputs(rows), beta=0)
             self.row_operations.add_rows(self.weight, classes, product)
-        if self.needs_input or self.needs_weight:
-            self._leave_to_tails(rows, row_sums, classes, n_left_out)
+        self.tails += tails
 
-    def _leave_to_tails(self, rows: Tensor, row_sums: Tensor, classes: Tensor, n_left_out: int) -> None:
+    def _tails(self, rows: Tensor, row_sums: Tensor, classes: Tensor, n_left_out: int) -> list[_Tail]:
         """The marginals of dlogits over the classes left out, of which row_sums [K] are the one."""
+        tails = []
         _, of_p, of_target = row_factors(self.row_grad[rows], self.rows[:, rows], self.form)
         sums = self.sums
         if self.form.label_smoothing:  # the constant has rank one by itself
-            of_ones = of_target * (self.form.label_smoothing / sums.shape[1])
+            of_ones = of_target * (self.form.label_smoothing / self.n_all_classes)
             row_sums, sums = row_sums + of_ones * n_left_out, sums + self.sums_of_ones[:, None]
-            self.tails.append(_Tail(rows, -of_ones, torch.ones_like(sums[0]).index_fill(0, classes, 0)))
+            tails.append(_Tail(rows, -of_ones, torch.ones_like(sums[0]).index_fill(0, classes, 0)))
         sums = sums.index_fill(1, classes, 0)
         negative = of_p < 0
         for of_sign, group in zip(sums, (~negative, negative) if self.has_negative else (~negative,), strict=False):
             total = of_sign.sum()
             shares = of_sign / torch.where(total == 0, 1, total)
-            self.tails.append(_Tail(rows, torch.where(group, row_sums, 0), shares))
+            tails.append(_Tail(rows, torch.where(group, row_sums, 0), shares))
+        return tails
 
-    def finished(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+    def finished(self) -> tuple[Tensor, Tensor, Tensor]:
         if self.tails:
-            shares = torch.stack([tail.shares for tail in self.tails])
             with torch.autocast(self.head.input.device.type, enabled=False):  # the dtypes have been chosen
-                if self.needs_input:
-                    self._add_tails_to_input(shares)
+                if self.needs_input and self.shards is None:
+                    for tail, product in zip(self.tails, self._products_of_tails(self.tails), strict=True):
+                        self.input[tail.rows] += (tail.row_sums[:, None] * product).to(self.input.dtype)
                 if self.needs_weight:
-                    self._add_tails_to_weight(shares)
-        return super().finished(shape)
+                    self._add_tails_to_weight()
+        return super().finished()
 
-    def _add_tails_to_input(self, shares: Tensor) -> None:
-        products = torch.mm((TAIL_SCALE * shares).to(self.head.dtype), self.head.weight).to(shares.dtype) / TAIL_SCALE
-        for tail, product in zip(self.tails, products, strict=True):
-            self.input[tail.rows] += (tail.row_sums[:, None] * product).to(self.input.dtype)
+    def _products_of_tails(self, tails: list[_Tail]) -> Tensor:
+        """The shares of each tail times the weight, [number of tails, D]."""
+        shares = torch.stack([tail.shares for tail in tails])
+        return torch.mm((TAIL_SCALE * shares).to(self.head.dtype), self.head.weight).to(shares.dtype) / TAIL_SCALE
 
-    def _add_tails_to_weight(self, shares: Tensor) -> None:
+    def _add_tails_to_weight(self) -> None:
+        shares = torch.stack([tail.shares for tail in self.tails])
         inputs = [tail.row_sums @ self.head.inputs(tail.rows).to(shares.dtype) for tail in self.tails]
         inputs = torch.stack(inputs)
         if self.weight.dtype == shares.dtype:
@@ -219,4 +261,21 @@ class GradientsOfHeaviestClasses(Gradients):
                 some += (some_shares @ inputs).to(some.dtype)
 
     def class_fraction(self) -> float:
-        return self.n_products / (self.n_rows * len(self.head.weight)) if self.n_rows else 1.0
+        n_products = self.n_products
+        if self.shards is not None:
+            n_products = int(self.shards.gather(torch.tensor(n_products, device=self.head.input.device)).sum())
+        return n_products / (self.n_rows * self.n_all_classes) if self.n_rows else 1.0
+
+
+def gradients_for(
+    head: Head, needs: Sequence[bool], chunks: Chunks, row_operations: ModuleType, form: Form, row_grad: Tensor,
+    rows: Tensor, shards: Shards | None = None,
+) -> Gradients:  # fmt: skip
+    """Exact, or within the tolerance where entries have the sign that it takes."""
+    of_ranks = shards, shards is not None and chunks.rows == "sharded"
+    tolerance = float(chunks.gradient_tolerance)
+    if tolerance == 0 or form.label_smoothing and form.softcap is not None or len(head.weight) == 0:
+        return Gradients(head, needs, chunks.accumulate_dtype, *of_ranks)
+    return GradientsOfHeaviestClasses(
+        head, needs, chunks.accumulate_dtype, tolerance, row_operations, form, row_grad, rows, *of_ranks
+    )

@@ -12,11 +12,13 @@ TILE_ROWS = 1024  # of which the chunks of a GPU are multiples: whole waves of t
 CPU_CHUNK_ROWS = 1024
 
 
-def auto_chunk_size(N: int, V: int, itemsize: int, on_cpu: bool) -> int:
-    """Rows per chunk of N rows, for logits of `itemsize` bytes."""
+def auto_chunk_size(N: int, V: int, itemsize: int, on_cpu: bool, over_ranks: bool = False) -> int:
+    """Rows per chunk of N rows, for logits of `itemsize` bytes; over ranks at least four, if they are not too small."""
     if on_cpu:
         return CPU_CHUNK_ROWS
     most = max(GPU_CHUNK_ROWS, GPU_CHUNK_BYTES // (V * itemsize) // TILE_ROWS * TILE_ROWS)
+    if over_ranks:  # what one chunk sends has the work on the next one to hide behind
+        most = min(most, max(-(-N // (4 * TILE_ROWS)), 1) * TILE_ROWS)
     n_chunks = max(-(-N // most), 1)
     return max(-(-N // (n_chunks * TILE_ROWS)), 1) * TILE_ROWS  # none of which is a sliver
 

@@ -11,7 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import DTYPES, check_choice, check_constant, check_flag, check_number, check_tensor
+from .checks import DTYPES, check_choice, check_constant, check_flag, check_group, check_number, check_tensor
+
+# The target of an ignored row where targets count from the first class of a rank, and may be negative.
+IGNORED = -(2**63)
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 
@@ -95,6 +98,10 @@ class Form(NamedTuple):
     softcap: float | None
     logit_scale: float
 
+    def local(self) -> "Form":
+        """The same for targets that count from the first class of a rank."""
+        return self._replace(ignore_index=IGNORED)
+
 
 # The same as arguments of an operator. A Scalar, unlike a float, may be symbolic in a compiled graph.
 FORM_SCHEMA = (
@@ -128,9 +135,14 @@ class LossOptions:
     allow_retain_graph: bool = False
     return_stats: bool = False
     backend: str = "auto"
+    group: "torch.distributed.ProcessGroup | None" = None
 
     def __post_init__(self):
         """Check the options by themselves and with one another."""
+        if self.group is not None:
+            check_group(self.group)
+            if self.backend == "reference":
+                raise ValueError("backend must not be 'reference' with a group: the reference runs in one process")
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
             raise TypeError(f"ignore_index must be an int, got {type(self.ignore_index).__name__}")
         if not -(2**63) <= self.ignore_index < 2**63:
@@ -174,6 +186,16 @@ class LossOptions:
         return isinstance(self.denominator, str) and self.denominator == "kept"
 
     @property
+    def group_name(self) -> str | None:
+        """What operators know the group by; None where there is one rank, and nothing to be told."""
+        return None if self.group is None or self.group.size() == 1 else self.group.group_name
+
+    @property
+    def rows_spread(self) -> bool:
+        """Whether each rank has rows of its own."""
+        return False
+
+    @property
     def is_weighted(self) -> bool:
         """Whether rows weigh anything but 0 and 1."""
         return self.weight is not None or self.token_weight is not None
@@ -185,10 +207,22 @@ class LossOptions:
 
     def of_reference(self) -> dict:
         """The options that say what is computed, by name; the others say how."""
-        how = ("rule", "allow_retain_graph", "backend")
+        how = ("rule", "allow_retain_graph", "backend", "group")
         of_rule = {name: getattr(self.rule, name) for name in self.rule.__dataclass_fields__}
         what = {name: getattr(self, name) for name in LossOptions.__dataclass_fields__ if name not in how}
         return {**of_rule, **what}
+
+    def of_ranks(self) -> dict:
+        """The options that must be the same on all ranks of the group, tensors as what kind they are, by name."""
+        own = ("rule", "return_stats", "inplace", "group")
+        values = {**vars(self.rule), **{f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}}
+        return {
+            name: f"{value.dtype} tensor" if isinstance(value, Tensor) else str(value) for name, value in values.items()
+        }
+
+    def checked_by_ranks(self) -> list:
+        """Options that hold the same values on all ranks if they are tensors; token_weight only of the same rows."""
+        return [self.token_weight, self.weight, getattr(self.rule, "threshold", None), self.denominator]
 
     def non_default(self) -> str:
         """As in a call, for the text of modules."""
@@ -222,9 +256,10 @@ class Chunks(NamedTuple):
     chunk_size: int | None
     accumulate_dtype: torch.dtype
     gradient_tolerance: float
+    rows: str
 
 
-CHUNKS_SCHEMA = "int? chunk_size, ScalarType accumulate_dtype, Scalar gradient_tolerance"
+CHUNKS_SCHEMA = "int? chunk_size, ScalarType accumulate_dtype, Scalar gradient_tolerance, str rows"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -234,9 +269,11 @@ class LinearOptions(LossOptions):
     chunk_size: int | str = "auto"
     accumulate_dtype: torch.dtype = torch.float32
     gradient_tolerance: float = 0.0
+    rows: str = "replicated"
 
     def __post_init__(self):
         super().__post_init__()
+        check_choice("rows", self.rows, ("replicated", "sharded"))
         if self.chunk_size != "auto":
             if isinstance(self.chunk_size, bool) or not isinstance(self.chunk_size, int):
                 raise TypeError(f"chunk_size must be 'auto' or an int, got {self.chunk_size!r}")
@@ -246,6 +283,10 @@ class LinearOptions(LossOptions):
             raise TypeError(f"accumulate_dtype must be a torch.dtype, got {self.accumulate_dtype!r}")
         check_choice("accumulate_dtype", self.accumulate_dtype, DTYPES)
         check_number("gradient_tolerance", self.gradient_tolerance, "in [0, 1)", lambda x: (x < 0, x >= 1, x != x))
+
+    @property
+    def rows_spread(self) -> bool:
+        return self.group_name is not None and self.rows == "sharded"
 
     def chunks(self) -> Chunks:
         values = [getattr(self, name) for name in Chunks._fields]

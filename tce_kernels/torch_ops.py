@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from .stats import COEF, LSE, N_FIELDS
+from .stats import COEF, LSE, N_FIELDS, ROW_MAX, SHARD_MAX, SHARD_SUM, SHARD_SUM_EXP, SHARD_TARGET, SUM_EXP
 
 # Logits in a block of rows: few enough that a block stays in reach of the caches from one operation to the next,
 # enough that the cost of calling PyTorch does not show. Measured for 1024 x 49152 float32 on two cores of a Xeon with
@@ -94,18 +94,23 @@ def row_factors(row_grad, rows, form):
     return row_grad, of_p, of_target
 
 
-def _write_gradient(out, selected, p, z, target, row_grad, rows, form):
+def _write_gradient(out, selected, p, z, target, row_grad, rows, form, n_classes=None):
     """Write the gradient to the selected rows of out [R, V], which may be the logits, and zeros to the others.
 
-    p, the softmax of those rows, is lost; so is z, which only a softcap needs.
+    p, the softmax of those rows, is lost; so is z, which only a softcap needs. With n_classes the rows go on elsewhere,
+    p is the exponentials below their maxima, and the target may not be here.
     """
     V = out.shape[1]
     row_grad, of_p, of_target = row_factors(row_grad, rows, form)
+    if n_classes is not None:
+        of_p = of_p / rows[SUM_EXP]
     in_place = selected is None and out.dtype == p.dtype
     gradient = torch.mul(p, of_p[:, None], out=out if in_place else p)
     if form.label_smoothing:
-        gradient -= (of_target * form.label_smoothing / V)[:, None]
+        gradient -= (of_target * form.label_smoothing / (V if n_classes is None else n_classes))[:, None]
         of_target = of_target * (1 - form.label_smoothing)
+    if n_classes is not None:
+        of_target = torch.where((target >= 0) & (target < V), of_target, 0)
     gradient[torch.arange(len(target), device=target.device), target.clamp(0, V - 1)] -= of_target
     if form.softcap is not None:
         gradient *= z.div_(form.softcap).square_().neg_().add_(1)
@@ -119,22 +124,32 @@ def _write_gradient(out, selected, p, z, target, row_grad, rows, form):
         out.copy_(gradient)
 
 
-def _losses(z, p_memory, target, row_scale, param, form):
-    """Loss [R], rows [6, R] and softmax of z [R, V], none ignored. p_memory may be z, which is then lost."""
+def _softmax(z, p, row_max):
+    """Write the softmax of z [R, V] to p, which may be z, and its maxima to row_max [R]."""
+    step = max(CACHED_LOGITS // z.shape[1], 1)
+    for some_z, some_max, some_p in zip(z.split(step), row_max.split(step), p.split(step), strict=True):
+        torch.amax(some_z, 1, out=some_max)
+        torch.softmax(some_z, 1, out=some_p)
+
+
+def _losses(z, p, target, row_scale, param, form):
+    """Loss [R] and rows [6, R] of z [R, V], none ignored; its softmax goes to p, which may be z, then lost."""
     V = z.shape[1]
     index = target.clamp(0, V - 1)[:, None]
     target_z, row_max = z.gather(1, index).squeeze(1), z.new_empty(len(z))
     mean_z = z.mean(1) if form.label_smoothing else None
-    p, step = p_memory, max(CACHED_LOGITS // V, 1)
-    for some_z, some_max, some_p in zip(z.split(step), row_max.split(step), p.split(step), strict=True):
-        torch.amax(some_z, 1, out=some_max)
-        torch.softmax(some_z, 1, out=some_p)
+    _softmax(z, p, row_max)
     target_p = p.gather(1, index).squeeze(1)
     log_sum = target_z - row_max - target_p.log()
     underflowed = ~(target_p > 1e-30)  # or NaN: there the target's p says nothing about the sum
     if underflowed.any():
         log_sum[underflowed] = -p[underflowed].amax(1).log()
     target_z = torch.where((target >= 0) & (target < V), target_z, math.nan)
+    return _apply_rule(target_z, row_max, log_sum, log_sum.exp(), mean_z, row_scale, param, form)
+
+
+def _apply_rule(target_z, row_max, log_sum, sum_exp, mean_z, row_scale, param, form):
+    """Loss [R] and rows [6, R] from what is known of each row."""
     lse = torch.where(row_max == -math.inf, row_max, row_max + log_sum)
     log_prob = target_z - row_max - log_sum
     log_prob = torch.where(log_prob > 0, 0, log_prob)  # rounding above 0 must not drop a row at threshold 1
@@ -147,7 +162,7 @@ def _losses(z, p_memory, target, row_scale, param, form):
         phi = phi + form.z_loss * lse * lse
     loss = torch.where(coef == 0, 0, row_scale * phi)
     correct = (target_z == row_max) & ~log_prob.isnan()
-    return loss, torch.stack([log_prob, lse, coef, row_max, log_sum.exp(), correct.to(loss.dtype)]), p
+    return loss, torch.stack([log_prob, lse, coef, row_max, sum_exp, correct.to(loss.dtype)])
 
 
 def loss_and_dlogits(logits, target, row_scale, param, form, out):
@@ -160,9 +175,9 @@ def loss_and_dlogits(logits, target, row_scale, param, form, out):
     for row, index in _blocks(logits, block.n_rows):
         live = target[row] != form.ignore_index
         selected = None if live.all() else live
-        z, p_memory = block.load(_select(logits[index], selected))
+        z, p = block.load(_select(logits[index], selected))
         block_target, block_scale = _select(target[row], selected), _select(row_scale[row], selected)
-        loss[row][live], block_rows, p = _losses(z, p_memory, block_target, block_scale, param, form)
+        loss[row][live], block_rows = _losses(z, p, block_target, block_scale, param, form)
         rows[:, row][:, live] = block_rows
         if out is not None:
             _write_gradient(out[index], selected, p, z, block_target, block_scale, block_rows, form)
@@ -174,16 +189,63 @@ def row_loss(logits, target, row_scale, param, form):
     return loss_and_dlogits(logits, target, row_scale, param, form, None)
 
 
-def dlogits(logits, target, row_grad, rows, form, out):
-    """Write the gradient for row_grad [N] = upstream gradient * row_scale to out, which may be the logits."""
+def shard_sums(logits, target, form):
+    """What is known here of rows that go on elsewhere, `sums` [3 or 4, N]; a target may be elsewhere too."""
+    V = logits.shape[2]
+    dtype = compute_dtype(logits.dtype)
+    sums = torch.zeros(4 if form.label_smoothing else 3, target.numel(), dtype=dtype, device=logits.device)
+    sums[SHARD_MAX], sums[SHARD_TARGET] = -math.inf, math.nan
+    if V == 0:
+        return sums
+    block = _Block(logits, form)
+    for row, index in _blocks(logits, block.n_rows):
+        live = target[row] != form.ignore_index
+        z, p = block.load(_select(logits[index], None if live.all() else live))
+        block_target, row_max = target[row][live], z.new_empty(len(z))
+        target_z = z.gather(1, block_target.clamp(0, V - 1)[:, None]).squeeze(1)
+        here = (block_target >= 0) & (block_target < V)
+        of_block = [row_max, None, torch.where(here, target_z, math.nan)]
+        if form.label_smoothing:
+            of_block.append(z.sum(1))
+        _softmax(z, p, row_max)
+        of_block[SHARD_SUM_EXP] = torch.where(row_max == -math.inf, 0, p.amax(1).reciprocal())
+        sums[:, row][:, live] = torch.stack(of_block)
+    return sums
+
+
+def row_loss_of_sums(sums, target, row_scale, param, form, n_classes):
+    """`row_loss` of rows of n_classes in parts, from the `sums` [p, 3 or 4, N] of all of them."""
+    part_max, part_sum_exp, part_target = sums[:, SHARD_MAX], sums[:, SHARD_SUM_EXP], sums[:, SHARD_TARGET]
+    row_max = part_max.amax(0)
+    sum_exp = torch.where(part_sum_exp == 0, 0, part_sum_exp * (part_max - row_max).exp()).sum(0)
+    elsewhere = part_target.isnan()
+    target_z = torch.where(elsewhere.all(0), math.nan, torch.where(elsewhere, 0, part_target).sum(0))
+    mean_z = sums[:, SHARD_SUM].sum(0) / n_classes if form.label_smoothing else None
+    loss, rows = _apply_rule(target_z, row_max, sum_exp.log(), sum_exp, mean_z, row_scale, param, form)
+    live = target != form.ignore_index
+    return torch.where(live, loss, 0), torch.where(live, rows, 0)
+
+
+def dlogits(logits, target, row_grad, rows, form, out, n_classes=None):
+    """Write the gradient for row_grad [N] = upstream gradient * row_scale to out, which may be the logits.
+
+    n_classes: of rows that go on elsewhere, as do their maxima and sums in `rows`.
+    """
+    if logits.shape[2] == 0:
+        return
     block = _Block(logits, form)
     for row, index in _blocks(logits, block.n_rows):
         wanted = (rows[COEF, row] != 0) & (row_grad[row] != 0)
         selected = None if wanted.all() else wanted
-        z, p_memory = block.load(_select(logits[index], selected))
+        z, p = block.load(_select(logits[index], selected))
+        block_rows = rows[:, row] if selected is None else rows[:, row][:, selected]
+        if n_classes is None:
+            torch.softmax(z, 1, out=p)
+        else:
+            torch.sub(z, block_rows[ROW_MAX, :, None], out=p).exp_()
         _write_gradient(
-            out[index], selected, torch.softmax(z, 1, out=p_memory), z, _select(target[row], selected),
-            _select(row_grad[row], selected), rows[:, row] if selected is None else rows[:, row][:, selected], form,
+            out[index], selected, p, z, _select(target[row], selected), _select(row_grad[row], selected), block_rows,
+            form, n_classes,
         )  # fmt: skip
 
 
@@ -197,10 +259,11 @@ def loss_and_kept_dlogits(logits, target, row_scale, param, form, count=None):
     # The softmax takes the place of its logits: on a CPU it is made row by row, each read before it is written.
     in_place = x.device.type == "cpu" and _is_z(x, form)
     if in_place:
-        loss, rows, _ = _losses(x, x, target, row_scale, param, form)
+        loss, rows = _losses(x, x, target, row_scale, param, form)
     else:
         loss, rows = row_loss(logits, target, row_scale, param, form)
-    kept = _pack(x, (rows[COEF] != 0).nonzero().squeeze(1))
+    is_kept = rows[COEF] != 0
+    kept = pack(x, is_kept, int(is_kept.sum()))
     packed, of_kept = x[: len(kept)], (target[kept], row_scale[kept], rows[:, kept])
     if in_place:
         _write_gradient(packed, None, packed, None, *of_kept, form)
@@ -209,9 +272,9 @@ def loss_and_kept_dlogits(logits, target, row_scale, param, form, count=None):
     return loss, rows, kept, count(packed, *of_kept).tolist() if count else []
 
 
-def _pack(x, kept):
-    """Move the kept rows [K] of x [n, V] into its first K; returns which row each of those was."""
-    K = len(kept)
+def pack(x, is_kept, K):
+    """Move the K rows of x [n, V] that are kept, bool [n], into its first K; returns which row each of those was."""
+    kept = is_kept.nonzero().squeeze(1)
     n_staying = int((kept < K).sum())
     taken = torch.zeros(K, dtype=torch.bool, device=x.device).index_fill_(0, kept[:n_staying], True)
     order, gaps = torch.arange(K, device=x.device), taken.logical_not().nonzero().squeeze(1)
