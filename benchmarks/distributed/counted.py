@@ -29,7 +29,8 @@ SENT = {
     "all-gather": lambda x, p: (p - 1) * x,
     "reduce-scatter": lambda x, p: (p - 1) / p * x,
 }
-SIZES = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "long": 8, "int": 4, "bool": 1}
+NUMBERS = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2}  # bytes, as the next
+INTEGERS = {"long": 8, "long int": 8, "int": 4, "bool": 1}
 
 
 class Collective(NamedTuple):
@@ -58,9 +59,8 @@ def collectives(call: Callable[[], object]) -> list[Collective]:
     found = []
     for request, work in zip(called, done, strict=True):
         (shape,), (dtype,) = work.shapes(), work.dtypes()
-        n_bytes = torch.Size(shape).numel() * SIZES[dtype]
-        of_numbers = dtype not in ("long", "int", "bool")
-        found.append(Collective(NAMES[request.name()], NAMES[work.name()], n_bytes, of_numbers))
+        n_bytes = torch.Size(shape).numel() * (NUMBERS | INTEGERS)[dtype]
+        found.append(Collective(NAMES[request.name()], NAMES[work.name()], n_bytes, dtype in NUMBERS))
     return found
 
 

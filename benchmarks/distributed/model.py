@@ -19,7 +19,7 @@ ONE_ADAPTER = 0.9 * 50e9  # where a ring passes with one
 NODE = 8  # GPUs
 LATENCY = 15e-6  # seconds of a collective of a few bytes within a node
 LATENCY_BETWEEN_NODES = 40e-6
-HOST_WAIT = 20e-6  # a chunk: from its number of kept rows to the next kernel, in which the GPU has nothing to do
+HOST_WAIT = 50e-6  # a chunk: a copy to the host, and a dozen launches before there is much to do for the GPU again
 TAKEN = 0.1  # of the multiprocessors by a collective while it runs, in `efficiency_shared` only
 
 LOGIT_BYTES = 2  # bfloat16: logits, input, weight and logits' gradient
@@ -51,8 +51,7 @@ class Seconds(NamedTuple):
 
 def chunk_rows(head: Head) -> int:
     """As the package chooses them."""
-    n = auto_chunk_size(head.N, -(-head.V // head.p), LOGIT_BYTES, on_cpu=False)
-    return n if head.p == 1 else min(n, max(2048, -(-head.N // 4)))
+    return auto_chunk_size(head.N, -(-head.V // head.p), LOGIT_BYTES, on_cpu=False, over_ranks=head.p > 1)
 
 
 def collective(head: Head, sent: float) -> float:
@@ -109,8 +108,10 @@ def step(head: Head, queues: Queues) -> None:
         return ready if alone else queues.communicate(collective(head, (p - 1) * n * SUM_BYTES))
 
     def end(buffer, n, gathered):
-        # The logits of the kept rows are read again and their gradient is written.
-        queues.calculate(HOST_WAIT + 2 * n * kept * columns * LOGIT_BYTES / MEMORY, after=gathered)
+        # Gradients are written; before that, rows that are apart move together, and their logits are read again if the
+        # sums had to be gathered first: whole rows are still in the cache.
+        passes = kept * (1 + 2 * (1 - kept) + (not alone))
+        queues.calculate(HOST_WAIT + passes * n * columns * LOGIT_BYTES / MEMORY, after=gathered)
         waiting[buffer] += n * kept
         if waiting[buffer] > (chunk - 1) // 2:
             multiply(buffer)

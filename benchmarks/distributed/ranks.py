@@ -3,6 +3,7 @@
 import os
 import signal
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -40,6 +41,7 @@ def _run(rank: int, p: int, folder: str, results, measure: Callable[..., Iterato
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     if (Path("/sys/class/net") / LOOPBACK).exists():
         os.environ["GLOO_SOCKET_IFNAME"] = LOOPBACK
+    warnings.filterwarnings("ignore", ".* is deprecated", FutureWarning)  # names that older versions do not have
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/met", rank=rank, world_size=p, timeout=PATIENCE)
     try:
