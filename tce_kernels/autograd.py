@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import increment_version
+from torch.fx.node import has_side_effect
 from torch.library import custom_op
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -56,7 +57,7 @@ def backend_of(name: str, logits: Tensor):
     return triton_ops
 
 
-def check_target(target: Tensor, V: int, ignore_index: int) -> None:
+def check_target(target: Tensor, V: int, ignore_index: int, of: str = "") -> None:
     """On a CPU, where looking is free, a bad target is an error; elsewhere its row becomes NaN."""
     if target.device.type != "cpu" or not has_data(target):
         return
@@ -65,20 +66,27 @@ def check_target(target: Tensor, V: int, ignore_index: int) -> None:
         position = tuple(bad.nonzero()[0].tolist())
         raise IndexError(
             f"target must be in [0, {V}) or ignore_index ({ignore_index}), "
-            f"got {target[position].item()} at position {list(position)}"
+            f"got {target[position].item()} at position {list(position)}{of}"
         )
 
 
-def operator(name: str, arguments: str, returns: str):
+# The end of a schema: where classes are spread over ranks, what those have (`Shards`) and their group.
+RANKS = "Tensor? sizes=None, str? group=None"
+
+
+def operator(name: str, arguments: str, returns: str, communicates: bool = False):
     """Register an operator that writes to no argument, from a schema whose options are those of a `Form`.
 
     Its name here stands for the function itself where the tensors are plain: the way through torch.library costs 20 us.
+    communicates: a compiler must not leave it out where one rank has no use for the result, say for having no rows.
     """
     schema = f"({arguments.format(form=FORM_SCHEMA)}) -> ({returns})"
-    n_tensors = arguments.count("Tensor")  # which come first
+    n_tensors = arguments.removesuffix(RANKS).count("Tensor")  # which come first
 
     def decorate(function):
         registered = custom_op(f"tce_kernels::{name}", mutates_args=(), schema=schema)(function)
+        if communicates:
+            has_side_effect(getattr(torch.ops.tce_kernels, name).default)
 
         @functools.wraps(function)
         def call(*arguments):
@@ -90,7 +98,13 @@ def operator(name: str, arguments: str, returns: str):
     return decorate
 
 
-def _write_dlogits(logits, target, row_grad, rows, sizes, form: Form, backend, group, out) -> None:
+def _opened(plain) -> tuple:
+    """The plain values that an operator was called with: of its form, backend, sizes and group, if it has them."""
+    n = len(Form._fields)
+    return plain[:n], plain[n], *(plain[n + 1 :] or (None, None))  # PyTorch leaves out what is as by default
+
+
+def _write_dlogits(logits, target, row_grad, rows, form: Form, backend, sizes, group, out) -> None:
     x, n_classes = rows_of(logits), None
     if group is not None:
         shards = Shards(group, sizes)
@@ -120,12 +134,12 @@ def _fake_rows(logits: Tensor, target: Tensor) -> Tensor:
 
 @operator(
     "row_loss",
-    "Tensor logits, Tensor target, Tensor row_scale, Tensor? param, Tensor? sizes, {form}, str backend, str? group",
+    "Tensor logits, Tensor target, Tensor row_scale, Tensor? param, {form}, str backend, " + RANKS,
     "Tensor loss, Tensor rows",
 )
-def row_loss(logits, target, row_scale, param, sizes, *plain):
+def row_loss(logits, target, row_scale, param, *plain):
     """Loss (...) and rows (6, ...), from one read of the logits; with a group, of all its ranks' logits."""
-    *form, backend, group = plain
+    form, backend, sizes, group = _opened(plain)
     form, x, flat_scale = form_of(*form), rows_of(logits), flat(row_scale)
     row_operations = backend_of(backend, logits)
     shards = None if group is None else Shards(group, sizes)
@@ -147,14 +161,14 @@ def _(logits, target, *_):
 
 @operator(
     "dlogits",
-    "Tensor logits, Tensor target, Tensor row_grad, Tensor rows, Tensor? sizes, {form}, str backend, str? group",
+    "Tensor logits, Tensor target, Tensor row_grad, Tensor rows, {form}, str backend, " + RANKS,
     "Tensor dlogits",
 )
-def dlogits(logits, target, row_grad, rows, sizes, *plain):
+def dlogits(logits, target, row_grad, rows, *plain):
     """Gradient (..., V) for row_grad (...) = upstream gradient * row_scale."""
-    *form, backend, group = plain
+    form, backend, sizes, group = _opened(plain)
     out = _empty_like(logits)
-    _write_dlogits(logits, target, row_grad, rows, sizes, form_of(*form), backend, group, out)
+    _write_dlogits(logits, target, row_grad, rows, form_of(*form), backend, sizes, group, out)
     return out
 
 
@@ -300,13 +314,13 @@ class RowLoss(Function):
     generate_vmap_rule = True
 
     @forward_method
-    def forward(logits, target, row_scale, param, sizes, *plain):
+    def forward(logits, target, row_scale, param, *plain):
         *plain, _, _ = plain
-        return row_loss(logits, target, row_scale, param, sizes, *plain)
+        return row_loss(logits, target, row_scale, param, *plain)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, target, row_scale, _, sizes, *ctx.plain, ctx.inplace, ctx.has_tangent = inputs
+        logits, target, row_scale, _, *ctx.plain, sizes, ctx.group, ctx.inplace, ctx.has_tangent = inputs
         _, rows = output
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, row_scale, rows, sizes)
@@ -327,12 +341,12 @@ class RowLoss(Function):
             logits, row_grad = logits.detach(), upstream * row_scale
             if ctx.inplace and is_plain(row_grad) and is_memory(ctx.memory, logits):
                 ctx.handed_out = True
-                *form, backend, group = ctx.plain
-                _write_dlogits(logits, target, row_grad, rows, sizes, form_of(*form), backend, group, logits)
+                *form, backend = ctx.plain
+                _write_dlogits(logits, target, row_grad, rows, form_of(*form), backend, sizes, ctx.group, logits)
                 increment_version(logits)
                 gradient = logits
             else:
-                gradient = dlogits(logits, target, row_grad, rows, sizes, *ctx.plain)
+                gradient = dlogits(logits, target, row_grad, rows, *ctx.plain, sizes, ctx.group)
         return hand_out(gradient, rows, upstream), *[None] * ctx.n_constants
 
 
@@ -354,33 +368,29 @@ class RowLossWithTangent(RowLoss):
     @staticmethod
     def jvp(ctx, tangent, *_):
         logits, target, row_scale, rows, sizes = ctx.saved_tensors
-        gradient = dlogits(logits.detach(), target, row_scale, rows.detach(), sizes, *ctx.plain)
+        gradient = dlogits(logits.detach(), target, row_scale, rows.detach(), *ctx.plain, sizes, ctx.group)
         return _RefuseDerivative.apply(_along(gradient, tangent), rows), torch.zeros_like(rows)
 
 
-def loss_and_rows(
-    logits: Tensor, target: Tensor, row_scale: Tensor, param: Tensor | None, sizes: Tensor | None, *plain,
-    in_forward: bool, inplace: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def loss_and_rows(logits: Tensor, *arguments, in_forward: bool, inplace: bool) -> tuple[Tensor, Tensor]:
     """Loss and rows: per row (...), or their sum [] where the gradient is made in forward.
 
     With a group the gradient waits for backward: what the other ranks find comes between the two reads anyway.
     """
-    *form_and_backend, group = plain
-    of_rows = target, row_scale, param
+    *of_one_process, _, group = arguments
     tangent = has_tangent(logits)
     if not tangent and not (torch.is_grad_enabled() and logits.requires_grad):
-        return row_loss(logits, *of_rows, sizes, *plain)
+        return row_loss(logits, *arguments)
     if torch.compiler.is_compiling():
         # The gradient in backward, which costs 6 bytes per 2-byte logit: made in forward it would be scaled in a pass
         # of its own, which costs 8.
-        return RowLoss.apply(logits, *of_rows, sizes, *plain, False, False)
+        return RowLoss.apply(logits, *arguments, False, False)
     if in_forward and group is None:
-        function, arguments = LossAndGradientWithTangent, (*of_rows, *form_and_backend)
+        function, arguments = LossAndGradientWithTangent, of_one_process
     else:
-        function, arguments = RowLossWithTangent, (*of_rows, sizes, *plain)
-    is_memory_only = is_plain(logits, *of_rows)
+        function = RowLossWithTangent
+    plain = is_plain(logits, *arguments[:3])
     # Without functional transforms `Function.apply` does no more than bind its arguments, which takes 10 us.
-    apply = super(Function, function).apply if is_memory_only else function.apply
-    loss, rows, *_ = apply(logits, *arguments, inplace and is_memory_only and not tangent, tangent)
+    apply = super(Function, function).apply if plain else function.apply
+    loss, rows, *_ = apply(logits, *arguments, inplace and plain and not tangent, tangent)
     return loss, rows

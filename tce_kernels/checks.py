@@ -21,23 +21,18 @@ def _shape(tensor: Tensor) -> list[int]:
 def check_tensor(name: str, value) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_plain(name: str, value) -> None:
+    """A tensor that is no DTensor, since what it belongs to is none."""
+    check_tensor(name, value)
     if hasattr(value, "full_tensor"):
-        head = name in ("linear_weight", "linear_bias")
+        per_row = name in ("target", "token_weight")
         raise TypeError(
-            f"{name} must be a plain tensor, got a DTensor with placements {value.placements}: "
-            + (_WHOLE_HEAD.format(name=name) if head else _OWN_ROWS.format(name=name))
+            f"{name} must be a plain tensor where the logits or the input are, got a DTensor with placements "
+            f"{value.placements}: pass "
+            + (f"what it holds for this rank's rows, {name}.to_local()" if per_row else f"{name}.full_tensor()")
         )
-
-
-_WHOLE_HEAD = (
-    "under FSDP2 leave the head in the unit of the module that calls the loss, where it is a plain tensor during "
-    "forward, or pass {name}.full_tensor(grad_placements=[Partial('avg')]). full_tensor() alone is wrong: it drops "
-    "the other ranks' part of the gradient"
-)
-_OWN_ROWS = (
-    "pass this rank's rows with all their classes: redistribute {name} so that it is sharded over rows or replicated, "
-    "then call to_local()"
-)
 
 
 def check_number(name: str, value, rule: str, refused) -> None:
@@ -154,7 +149,11 @@ def check_head(input, linear_weight, linear_bias, backend: str, are_shards: bool
     if linear_weight.dim() != 2 or any(holds(size == 0) for size in linear_weight.shape[are_shards:]):
         raise ValueError(
             f"linear_weight must be (V, D) with at least one class and feature, got shape {_shape(linear_weight)}"
-            + ("; one that is sharded over ranks needs their group" if holds(linear_weight.numel() == 0) else "")
+            + (
+                "; a weight that is sharded must be gathered first, or its ranks given as group"
+                if holds(linear_weight.numel() == 0)
+                else ""
+            )
         )
     V, D = linear_weight.shape
     if input.dim() == 0 or not _has_sizes(input, (*input.shape[:-1], D)):
@@ -181,7 +180,7 @@ def check_rows(target, options, of: str, like: Tensor, V: int | None) -> None:
 
     V: the number of classes, None where other ranks have more of them.
     """
-    check_tensor("target", target)
+    check_plain("target", target)
     if target.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"target must be int32 or int64, got {target.dtype}")
     if not _has_sizes(target, like.shape[:-1]):
@@ -192,10 +191,12 @@ def check_rows(target, options, of: str, like: Tensor, V: int | None) -> None:
     _on_device("target", target, of, like)
     weight, token_weight = options.weight, options.token_weight
     if weight is not None:
+        check_plain("weight", weight)
         _on_device("weight", weight, of, like)
         if weight.dim() != 1 or V is not None and not _has_sizes(weight, (V,)):
             raise ValueError(f"weight must have one entry per class, [{'V' if V is None else V}], got {_shape(weight)}")
     if token_weight is not None:
+        check_plain("token_weight", token_weight)
         _on_device("token_weight", token_weight, of, like)
         if not _has_sizes(token_weight, target.shape):
             raise ValueError(
@@ -203,6 +204,9 @@ def check_rows(target, options, of: str, like: Tensor, V: int | None) -> None:
             )
     threshold, denominator = getattr(options.rule, "threshold", None), options.denominator
     if isinstance(threshold, Tensor):
+        check_plain("threshold", threshold)
         _on_device("threshold", threshold, of, like)
-    if isinstance(denominator, Tensor) and denominator.device.type != "cpu":
-        _on_device("denominator", denominator, of, like)
+    if isinstance(denominator, Tensor):
+        check_plain("denominator", denominator)
+        if denominator.device.type != "cpu":
+            _on_device("denominator", denominator, of, like)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import autograd, checks, linear, reference, stats
+from . import autograd, checks, dtensors, linear, reference, stats
 from .context import has_tangent, is_plain
 from .head import matmul_dtype
 from .options import Focal, LinearOptions, LogitsOptions, Truncated
@@ -20,6 +20,17 @@ from .torch_ops import compute_dtype
 
 def logits_loss(logits: Tensor, target: Tensor, options: LogitsOptions) -> Tensor | tuple[Tensor, LossStats]:
     """The loss of given logits, whichever it is."""
+    if dtensors.any_of(logits):
+        return _with_local_tensors(_logits_loss, dtensors.of_logits(logits, target, options))
+    return _logits_loss(logits, target, options)
+
+
+def _with_local_tensors(loss, call):
+    return call.result(loss(*call.tensors, call.options, call.row_groups, call.is_summed))
+
+
+def _logits_loss(logits, target, options, row_groups=(), is_summed=True):
+    """Of tensors that are no DTensors; `row_groups` and `is_summed` as in `dtensors.Call`."""
     backend = _chosen(options.backend, logits)
     all_or_none(options.group, [logits, target], False, _check_logits_loss, logits, target, options, backend)
     if backend == "reference":
@@ -34,11 +45,11 @@ def logits_loss(logits: Tensor, target: Tensor, options: LogitsOptions) -> Tenso
 
     def path(*arguments):
         return autograd.loss_and_rows(
-            logits, *arguments, sizes, *options.form(), backend, options.group_name,
+            logits, *arguments, *options.form(), backend, sizes, options.group_name,
             in_forward=in_forward, inplace=options.inplace,
         )  # fmt: skip
 
-    return _reduced(path, target, sizes, logits.dtype, options, divide_last=options.by_kept)
+    return _reduced(path, target, sizes, logits.dtype, options, options.by_kept, row_groups, is_summed)
 
 
 def _check_logits_loss(logits, target, options, backend):
@@ -55,6 +66,13 @@ def linear_loss(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, options: LinearOptions
 ) -> Tensor | tuple[Tensor, LossStats]:
     """The loss of logits that are made here, whichever it is."""
+    if dtensors.any_of(input, linear_weight, linear_bias):
+        call = dtensors.of_head(input, linear_weight, linear_bias, target, options)
+        return _with_local_tensors(_linear_loss, call)
+    return _linear_loss(input, linear_weight, linear_bias, target, options)
+
+
+def _linear_loss(input, linear_weight, linear_bias, target, options, row_groups=(), is_summed=True):
     backend = _chosen(options.backend, input)
     head = input, linear_weight, linear_bias
     all_or_none(options.group, [*head, target], True, _check_linear_loss, *head, target, options, backend)
@@ -71,16 +89,23 @@ def linear_loss(
 
     def path(*arguments):
         return linear.loss_and_rows(
-            *head, *arguments, sizes, *options.form(), *options.chunks(), dtype, backend, options.group_name, needs,
+            *head, *arguments, *options.form(), *options.chunks(), dtype, backend, needs,
+            options.rows_spread, sizes, options.group_name,
             in_forward=options.reduction != "none" and not options.allow_retain_graph, may_vanish=options.by_kept,
         )  # fmt: skip
 
     # Divided last, float16 gradients do not underflow on the way: the division meets their sums over rows.
-    return _reduced(path, target, sizes, dtype, options, divide_last=options.by_kept or dtype == torch.float16)
+    divide_last = options.by_kept or dtype == torch.float16
+    return _reduced(path, target, sizes, dtype, options, divide_last, row_groups, is_summed)
 
 
 def _check_linear_loss(input, linear_weight, linear_bias, target, options, backend):
     are_shards = options.group_name is not None
+    if options.rows == "sharded" and options.group is None:
+        raise ValueError(
+            "rows must be left at 'replicated' where linear_weight has all classes, got 'sharded' without a group: "
+            "pass the group, or FSDP2's own shard, which stays one if the head is a unit of its own (fully_shard(head))"
+        )
     checks.check_head(input, linear_weight, linear_bias, backend, are_shards)
     checks.check_rows(target, options, "input", input, None if are_shards else len(linear_weight))
     if are_shards:
@@ -104,20 +129,25 @@ def _agreed(input, linear_weight, target, options, dtype, backend, has_bias=Fals
         text = json.dumps({**options.of_ranks(), **facts})
     tensors = [value if isinstance(value, Tensor) else None for value in options.checked_by_ranks()]
     on_host = are_compared([input], always=linear_weight is not None)
-    return agree(input, linear_weight, target, *tensors, text, options.rows_spread, on_host, options.group_name)
+    # An operator without a derivative must not see what functional transforms differentiate.
+    head = [None if tensor is None else tensor.detach() for tensor in (input, linear_weight)]
+    return agree(*head, target, *tensors, text, options.rows_spread, on_host, options.group_name)
 
 
-def _reduced(path, target, sizes, dtype, options, divide_last):
+def _reduced(path, target, sizes, dtype, options, divide_last, row_groups, is_summed):
     """What the paths share: one number per row each before, the reduction after.
 
     path(target, row_scale, param) returns the loss, per row or summed up, `rows`, and class_fraction if it knows one.
     """
     dtype = compute_dtype(dtype)
     target = target.long()  # int32 would take an ignore_index beyond its range for another number
-    row_scale = _row_weight(target, options, dtype)
+    row_scale = row_weight(target, options, dtype)
     if sizes is not None and not sizes.is_cpu and options.weight is not None:  # the host cannot know that they fit
         row_scale = torch.where(sizes[0].sum() == len(options.weight), row_scale, math.nan)
-    spread = [options.group_name] if options.rows_spread else []
+    summed = [options.group_name] if options.rows_spread else []
+    spread = [*summed, *row_groups]
+    if is_summed:
+        summed = spread
     mean = options.reduction == "mean"
     if mean and not options.by_kept:
         if isinstance(options.denominator, str):
@@ -135,7 +165,7 @@ def _reduced(path, target, sizes, dtype, options, divide_last):
 
     rows = rows.detach()
     if options.reduction != "none":
-        loss = sum_over_ranks(loss.sum() if loss.dim() else loss, sizes, spread)
+        loss = sum_over_ranks(loss.sum() if loss.dim() else loss, sizes, summed)
     if options.by_kept:
         total = sum_over_ranks((row_scale * (rows[stats.COEF] != 0)).sum(), sizes, spread)
     if mean and divide_last:
@@ -149,18 +179,18 @@ def _reduced(path, target, sizes, dtype, options, divide_last):
     return loss, stats.from_rows(rows, target != options.ignore_index, *class_fraction)
 
 
-def _row_weight(target, options, dtype):
+def row_weight(target, options, dtype):
     """The weight of each row, 0 for those that are ignored."""
     if not options.is_weighted:
         if is_plain(target):  # one kernel, where a comparison and a conversion would be two
             return torch.ne(target, options.ignore_index, out=torch.empty_like(target, dtype=dtype))
         return (target != options.ignore_index).to(dtype)
     weight, token_weight = options.weight, options.token_weight
-    row_weight = None if weight is None else weight.to(dtype)[target.clamp(0, len(weight) - 1)]
+    of_row = None if weight is None else weight.to(dtype)[target.clamp(0, len(weight) - 1)]
     if token_weight is not None:
         token_weight = token_weight.to(dtype)
-        row_weight = token_weight if row_weight is None else row_weight * token_weight
-    return torch.where(target != options.ignore_index, row_weight, 0)
+        of_row = token_weight if of_row is None else of_row * token_weight
+    return torch.where(target != options.ignore_index, of_row, 0)
 
 
 def _scalar(number: float | Tensor, like: Tensor) -> Tensor:
@@ -197,14 +227,17 @@ def _public(loss: Callable, options_type: type, rule_type: type) -> Callable:
 
         remembered = functools.lru_cache(typed=True)(options_of)
 
-        @functools.wraps(signature)
-        def public(*arguments, **keywords):
+        def opened(arguments, keywords):
             signature(*arguments, **keywords)  # Python's own error where they do not fit
-            given = {**defaults, **dict(zip(positional, arguments, strict=False)), **keywords}
+            given = {**defaults, **dict(zip(positional[: len(arguments)], arguments, strict=True)), **keywords}
             given_tensors = [given.pop(name) for name in tensors]
             known = not torch.compiler.is_compiling() and _VALUES.issuperset(map(type, given.values()))
-            make = remembered if known else options_of
-            options = all_or_none(given["group"], given_tensors, loss is linear_loss, make, *given.values())
+            return given_tensors, (remembered if known else options_of)(*given.values())
+
+        @functools.wraps(signature)
+        def public(*arguments, **keywords):
+            group = keywords.get("group")
+            given_tensors, options = all_or_none(group, arguments, loss is linear_loss, opened, arguments, keywords)
             return loss(*given_tensors, options)
 
         return public
@@ -268,6 +301,16 @@ def truncated_cross_entropy(
         return_stats: also return `LossStats`, from the same pass.
         backend: "triton", "torch" or "reference", which never fall back, or "auto": triton for logits on a GPU,
             torch otherwise. Second derivatives need "reference".
+        group: the ranks among which the classes are spread, in their order; None for one process. The logits are then
+            (..., V_r), this rank's classes, of which it may have any number and none; everything else is as for all V
+            classes, and the same on all ranks: target holds ids of all classes, weight is (V,). Loss and statistics
+            are the same bits on all ranks, and each has the gradient of its own logits, made in backward without
+            communication. Before the work the ranks compare their arguments, and all of them raise if those do not go
+            together; on a GPU, where the host would have to wait for that, only if TORCH_DISTRIBUTED_DEBUG is set.
+            Call it on all ranks of the group. Not with backend="reference" or forward mode. Logits that are a DTensor
+            need no group: Shard(-1) on one mesh dimension, Shard of rows or Replicate on the others. The target is then
+            a DTensor or what belongs to this rank's rows, the loss a DTensor, Partial("sum") where rows are sharded;
+            "mean" is over the rows of the whole mesh. `inplace` has no effect there.
 
     Returns:
         float32 (float64 for float64 logits): a scalar, or (...) with reduction="none"; with return_stats=True
@@ -380,7 +423,26 @@ def linear_truncated_cross_entropy(
             it as well as with 0, on rare tokens too, of which 0.01 cost it a tenth of a nat. `return_stats` tells the
             share that took part, `class_fraction`.
             Takes memory for the weight's rows of those classes, in the dtypes of the matmuls and of the sums.
-            backend="reference" and forward mode compute the exact gradient whatever it is.
+            backend="reference" and forward mode compute the exact gradient whatever it is. With a group each rank
+            leaves out that share of its own part at most.
+        group: the ranks among which the classes are spread, in their order; None for one process. The weight is then
+            (V_r, D) and the bias (V_r,), of this rank's classes, of which it may have any number and none; target holds
+            ids of all V classes, class weights are (V,). The sums of each chunk are gathered while the next one is
+            multiplied, so there are two buffers of logits and at least four chunks where rows are many. The ranks
+            always compare their arguments before the work: either all raise or none does. Call it on all ranks.
+        rows: with a group, "replicated": input, target and token_weight are the same on all ranks, and the gradient of
+            the input is the sum over them, of which only kept rows travel, in accumulate_dtype. "sharded": each rank
+            has rows of its own, any number, of those that FSDP2 or sequence parallelism has given it. Rows that are not
+            ignored travel to the other ranks, and gradients of kept rows back; a mean or sum is over the rows of all
+            ranks, and its gradients, too, are those of the whole. Losses per row and statistics are of the rank's own.
+            A linear_weight (and linear_bias) that is a DTensor, Shard(0) on one mesh dimension and Replicate on the
+            others, needs no group. With a plain input `rows` says what its rows are on that dimension, on the others
+            they are the rank's own; loss and statistics are plain. So FSDP2's own shard is passed as it is, with
+            "sharded": it is not gathered, and its gradient is a sum over ranks, as FSDP2's must then be for the rest
+            (`set_gradient_divide_factor(1.0)`; a warning says if it is not). An input that is a DTensor says by its
+            placements what its rows are, Shard or Replicate (Partial and Shard(-1) are redistributed to it), and the
+            loss is a DTensor, Partial("sum") where rows are sharded on other dimensions. Gradients come back in the
+            placements of their tensors. Other placements are a TypeError.
         allow_retain_graph: make the logits of the kept rows again at each backward, as reduction="none" does, instead
             of the gradients during the forward call. Not needed for retain_graph=True.
         threshold and the other options: as in `truncated_cross_entropy`.
@@ -392,8 +454,8 @@ def linear_truncated_cross_entropy(
     Raises:
         As `truncated_cross_entropy`.
 
-    On a GPU the host waits once before the first chunk and once in each, to learn how many rows are left. Forward mode
-    has all logits in memory.
+    On a GPU the host waits once before the first chunk and once in each, to learn how many rows are left (over ranks
+    with a tolerance twice), and once for what ranks compare. Forward mode has all logits in memory.
 
     Source: equation 3 of arXiv:2509.08972; the order of the matmuls is this package's own.
     """

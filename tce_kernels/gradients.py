@@ -52,10 +52,12 @@ class Gradients:
         self.input = head.input.new_zeros(head.input.shape if self.needs_input else 0, dtype=input_dtype)
         self.weight = head.weight.new_empty(head.weight.shape if self.needs_weight else 0, dtype=total_dtype)
         self.bias = head.weight.new_zeros(V if self.needs_bias else 0, dtype=total_dtype)
+        self.n_rows = self.n_products = 0  # rows that took part, and all their classes that did
         self.beta = 0  # the first product is written, not added, so the weight's total starts uninitialised
 
     def add(self, dlogits: Tensor, rows: Tensor) -> None:
         """Take in the gradients of the logits [K, V] of some rows [K]."""
+        self._count_products(*dlogits.shape)
         if self.needs_input:
             self._take(rows, self._product(dlogits, self.head.weight))
         if self.needs_weight:
@@ -63,6 +65,10 @@ class Gradients:
             self.beta = 1
         if self.needs_bias:
             self.bias += dlogits.sum(0, dtype=self.bias.dtype)
+
+    def _count_products(self, n_rows: int, n_classes: int) -> None:
+        self.n_rows += n_rows
+        self.n_products += n_rows * n_classes
 
     def _product(self, dlogits: Tensor, weight: Tensor) -> Tensor:
         if self.shards is None:
@@ -92,7 +98,7 @@ class Gradients:
 
     def class_fraction(self) -> float:
         """Mean share of the classes that took part, over the rows that did."""
-        return 1.0
+        return self.n_products / (self.n_rows * len(self.head.weight)) if self.n_products else 1.0
 
 
 class _Memory:
@@ -131,7 +137,6 @@ class GradientsOfHeaviestClasses(Gradients):
         self.tolerance, self.row_operations, self.form = tolerance, row_operations, form
         self.row_grad, self.rows = row_grad, rows
         self.tails: list[_Tail] = []
-        self.n_rows = self.n_products = 0
         self.head_memory = _Memory(head.weight)
         self.weight_memory = _Memory(self.weight) if self.weight.dtype != head.dtype else self.head_memory
         self._wait_for_rows()
@@ -185,12 +190,10 @@ class GradientsOfHeaviestClasses(Gradients):
     def add(self, dlogits: Tensor, rows: Tensor) -> None:
         K, V = dlogits.shape
         if self.n_classes > DENSE_ABOVE * V:
-            self.n_classes = V
             super().add(dlogits, rows)
         else:
+            self._count_products(K, self.n_classes)
             self._add_classes(dlogits, rows)
-        self.n_rows += K
-        self.n_products += K * self.n_classes
         self._wait_for_rows()
 
     def _add_classes(self, dlogits: Tensor, rows: Tensor) -> None:
@@ -260,19 +263,12 @@ class GradientsOfHeaviestClasses(Gradients):
             for some, some_shares in zip(self.weight.split(4096), shares.t().split(4096), strict=True):
                 some += (some_shares @ inputs).to(some.dtype)
 
-    def class_fraction(self) -> float:
-        n_products = self.n_products
-        if self.shards is not None:
-            n_products = int(self.shards.gather(torch.tensor(n_products, device=self.head.input.device)).sum())
-        return n_products / (self.n_rows * self.n_all_classes) if self.n_rows else 1.0
-
 
 def gradients_for(
     head: Head, needs: Sequence[bool], chunks: Chunks, row_operations: ModuleType, form: Form, row_grad: Tensor,
-    rows: Tensor, shards: Shards | None = None,
+    rows: Tensor, *of_ranks,
 ) -> Gradients:  # fmt: skip
-    """Exact, or within the tolerance where entries have the sign that it takes."""
-    of_ranks = shards, shards is not None and chunks.rows == "sharded"
+    """Exact, or within the tolerance where entries have the sign that it takes. of_ranks: shards, in_parts."""
     tolerance = float(chunks.gradient_tolerance)
     if tolerance == 0 or form.label_smoothing and form.softcap is not None or len(head.weight) == 0:
         return Gradients(head, needs, chunks.accumulate_dtype, *of_ranks)

@@ -14,11 +14,15 @@ from .sweeps import (
     LOWEST,
     LSE,
     ROW_MAX,
+    SHARD_MAX,
+    SHARD_SUM,
+    SHARD_SUM_EXP,
+    SHARD_TARGET,
     SUM_EXP,
     gradient_of,
     in_split,
     lift,
-    load_param,
+    load_number,
     load_target,
     load_target_u,
     row_gradient,
@@ -36,25 +40,73 @@ from .sweeps import (
 def split_sums_kernel(
     logits_ptr,  # [outer, inner, V]
     target_ptr,  # [N], N = outer * inner
-    split_sums_ptr,  # [3, N, n_splits] fp32
+    sums_ptr,  # [n_splits, F, N] fp32, F = 4 with label smoothing, otherwise 3
     stride_logits_outer, stride_logits_inner, inner, N, V, ignore_index, softcap, logit_scale,
     SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, PEEL: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_V: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """What `sweep` finds out about one split of one row a program. Ignored rows are not read."""
+    """What `sweep` finds out about one split of one row a program; the first one's has the target's u as well.
+
+    Ignored rows are not read.
+    """
     row, split, n_splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     unit = tl.cast(softcap if SOFTCAP else logit_scale, tl.float32)
     row_ptr = row_pointer(logits_ptr, row, inner, stride_logits_outer, stride_logits_inner)
+    live, target = load_target(target_ptr, row, V, ignore_index)
+    target_u = load_target_u(row_ptr, target, live & (split == 0), logit_scale, softcap, SOFTCAP)
     row_max, sum_exp, sum_u = tl.cast(0.0, tl.float32), tl.cast(1.0, tl.float32), tl.cast(0.0, tl.float32)
-    if tl.load(target_ptr + row) != ignore_index:
+    if live:
         row_max, sum_exp, sum_u = sweep(
             row_ptr, V, logit_scale, softcap, unit * tl.cast(LOG2_E, tl.float32), split, n_splits,
             SOFTCAP, SMOOTHING, PEEL, VECTOR, BLOCK_V, THREADS,
         )  # fmt: skip
-    sums_ptr = split_sums_ptr + row * n_splits + split
-    tl.store(sums_ptr, row_max)
-    tl.store(sums_ptr + N * n_splits, sum_exp)
-    tl.store(sums_ptr + 2 * N * n_splits, sum_u)
+    N = tl.cast(N, tl.int64)
+    sums_ptr += split * (4 if SMOOTHING else 3) * N + row
+    tl.store(sums_ptr + SHARD_MAX * N, row_max)
+    tl.store(sums_ptr + SHARD_SUM_EXP * N, sum_exp)
+    tl.store(sums_ptr + SHARD_TARGET * N, target_u)
+    if SMOOTHING:
+        tl.store(sums_ptr + SHARD_SUM * N, sum_u)
+
+
+@triton.jit(do_not_specialize=["N", "n_splits", "n_classes", "ignore_index"])
+def row_loss_of_sums_kernel(
+    sums_ptr,  # [n_splits, F, N] fp32, from split_sums: of splits, or of the ranks that share the classes
+    target_ptr,  # [N], of which only ignore_index says something
+    row_scale_ptr,  # [N] fp32
+    param,  # log(threshold), or focal's gamma: fp32, or a pointer to it
+    loss_ptr,  # [N] fp32
+    rows_ptr,  # [6, N] fp32
+    N, n_splits,
+    n_classes,  # of the whole row: a number, or a pointer to it
+    ignore_index, alpha, z_loss, label_smoothing, softcap, logit_scale,
+    RULE: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Loss and `rows` of one row a program, as from `row_loss_kernel`; a target that is in no split is NaN."""
+    row = tl.program_id(0)
+    unit = tl.cast(softcap if SOFTCAP else logit_scale, tl.float32)
+    scale = unit * tl.cast(LOG2_E, tl.float32)
+    splits = tl.arange(0, BLOCK_SPLITS)
+    mask = splits < n_splits
+    N = tl.cast(N, tl.int64)
+    sums_ptr += splits * (4 if SMOOTHING else 3) * N + row
+    split_max = tl.load(sums_ptr + SHARD_MAX * N, mask=mask, other=LOWEST)
+    row_max = tl.max(split_max, 0)
+    split_sum_exp = tl.load(sums_ptr + SHARD_SUM_EXP * N, mask=mask, other=0.0)
+    sum_exp = sum_of_products(split_sum_exp, tl.exp2((split_max - row_max) * scale))
+    split_u = tl.load(sums_ptr + SHARD_TARGET * N, mask=mask, other=float("nan"))
+    known = split_u == split_u
+    target_u = tl.max(tl.where(known, split_u, -float("inf")), 0)
+    target_u = tl.where(tl.max(known.to(tl.int32), 0) > 0, target_u, float("nan"))
+    sum_u = 0.0
+    if SMOOTHING:
+        sum_u = tl.sum(tl.load(sums_ptr + SHARD_SUM * N, mask=mask, other=0.0), 0)
+    store_row(
+        loss_ptr, rows_ptr, row, N, load_number(n_classes), target_u, row_max, sum_exp, sum_u,
+        tl.load(target_ptr + row) != ignore_index, tl.load(row_scale_ptr + row),
+        load_number(param), alpha, z_loss, label_smoothing, unit, RULE, SMOOTHING,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["inner", "N", "ignore_index"])
@@ -65,45 +117,38 @@ def row_loss_kernel(
     param,  # log(threshold), or focal's gamma: fp32, or a pointer to it
     loss_ptr,  # [N] fp32
     rows_ptr,  # [6, N] fp32
-    split_sums_ptr,  # [3, N, N_SPLITS] fp32, or nothing if N_SPLITS is 1
     stride_logits_outer, stride_logits_inner, inner, N, V,
     ignore_index, alpha, z_loss, label_smoothing, softcap, logit_scale,
     RULE: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, PEEL: tl.constexpr, VECTOR: tl.constexpr,
-    BLOCK_V: tl.constexpr, THREADS: tl.constexpr, N_SPLITS: tl.constexpr,
+    BLOCK_V: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """Loss and `rows` of one row a program, from one sweep or from what its splits found. Ignored rows are not read."""
+    """Loss and `rows` of one row a program, from one sweep. Ignored rows are not read."""
     row = tl.program_id(0)
     unit = tl.cast(softcap if SOFTCAP else logit_scale, tl.float32)
-    scale = unit * tl.cast(LOG2_E, tl.float32)
     row_ptr = row_pointer(logits_ptr, row, inner, stride_logits_outer, stride_logits_inner)
     live, target = load_target(target_ptr, row, V, ignore_index)
     target_u = load_target_u(row_ptr, target, live, logit_scale, softcap, SOFTCAP)
     row_max, sum_exp, sum_u = tl.cast(0.0, tl.float32), tl.cast(1.0, tl.float32), tl.cast(0.0, tl.float32)
-    if N_SPLITS > 1:
-        sums_ptr = split_sums_ptr + row * N_SPLITS + tl.arange(0, N_SPLITS)
-        split_max = tl.load(sums_ptr)
-        row_max = tl.max(split_max, 0)
-        sum_exp = sum_of_products(tl.load(sums_ptr + N * N_SPLITS), tl.exp2((split_max - row_max) * scale))
-        sum_u = tl.sum(tl.load(sums_ptr + 2 * N * N_SPLITS), 0)
-    elif live:
+    if live:
         row_max, sum_exp, sum_u = sweep(
-            row_ptr, V, logit_scale, softcap, scale, 0, 1,
+            row_ptr, V, logit_scale, softcap, unit * tl.cast(LOG2_E, tl.float32), 0, 1,
             SOFTCAP, SMOOTHING, PEEL, VECTOR, BLOCK_V, THREADS,
         )  # fmt: skip
     store_row(
         loss_ptr, rows_ptr, row, N, V, target_u, row_max, sum_exp, sum_u, live, tl.load(row_scale_ptr + row),
-        load_param(param), alpha, z_loss, label_smoothing, unit, RULE, SMOOTHING,
+        load_number(param), alpha, z_loss, label_smoothing, unit, RULE, SMOOTHING,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["inner", "N"])
+@triton.jit(do_not_specialize=["inner", "N", "n_classes"])
 def dlogits_kernel(
     dlogits_ptr,  # [outer, inner, V]; may be logits
     logits_ptr,  # [outer, inner, V]
-    target_ptr,  # [N]
+    target_ptr,  # [N]; elsewhere if out of range
     row_grad_ptr,  # [N] fp32: upstream gradient * row_scale
     rows_ptr,  # [6, N] fp32, from row_loss
     stride_dlogits_outer, stride_dlogits_inner, stride_logits_outer, stride_logits_inner, inner, N, V,
+    n_classes,  # of the whole row, of which V may be a part: a number, or a pointer to it
     z_loss, label_smoothing, softcap, logit_scale,
     SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, PEEL: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_V: tl.constexpr, THREADS: tl.constexpr,
@@ -118,7 +163,7 @@ def dlogits_kernel(
     coef = tl.load(rows_ptr + COEF * N + row)
     of_exp, of_target, of_ones = row_gradient(
         row_grad, coef, tl.load(rows_ptr + LSE * N + row), tl.load(rows_ptr + SUM_EXP * N + row),
-        z_loss, label_smoothing, logit_scale, V,
+        z_loss, label_smoothing, logit_scale, load_number(n_classes),
     )  # fmt: skip
     _, target = load_target(target_ptr, row, V, -1)
     target = tl.where(in_split(target, row_ptr, V, split, n_splits, PEEL, BLOCK_V, THREADS), target, -1)
@@ -179,7 +224,7 @@ def loss_and_dlogits_kernel(
             )  # fmt: skip
         lse, coef = store_row(
             loss_ptr, rows_ptr, row, N, V, target_u, row_max, sum_exp, sum_u, live, row_scale,
-            load_param(param), alpha, z_loss, label_smoothing, unit, RULE, SMOOTHING,
+            load_number(param), alpha, z_loss, label_smoothing, unit, RULE, SMOOTHING,
         )  # fmt: skip
 
         of_exp, of_target, of_ones = row_gradient(

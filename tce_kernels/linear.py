@@ -5,7 +5,6 @@ With a share `a` of the rows kept that is 2 N D V (1 + 2 a) multiplications and 
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import linear_ranks
 from .autograd import (
+    RANKS,
     backend_of,
     check_target,
     forward_method,
@@ -34,14 +34,16 @@ from .shards import Shards
 from .stats import COEF, N_FIELDS
 
 HEAD = "Tensor input, Tensor weight, Tensor? bias, Tensor target"
-PLAIN = "{form}, " + CHUNKS_SCHEMA + ", ScalarType dtype, str backend, str? group, bool[] needs"
+PLAIN = "{form}, " + CHUNKS_SCHEMA + ", ScalarType dtype, str backend, bool[] needs, bool rows_spread=False, " + RANKS
 GRADIENTS = "Tensor dinput, Tensor dweight, Tensor dbias"
 
 
-def _opened(plain) -> tuple[Form, Chunks, torch.dtype, str, str | None, Sequence[bool]]:
-    """The plain values that an operator was called with: those of its form, of its chunks, and the others."""
+def _opened(plain) -> tuple:
+    """What an operator was called with besides tensors: the values of its form, its chunks, dtype, backend, needs,
+    rows_spread, sizes and group."""
     n, m = len(Form._fields), len(Form._fields) + len(Chunks._fields)
-    return form_of(*plain[:n]), Chunks(*plain[n:m]), *plain[m:]
+    of_ranks = plain[m + 3 :] or (False, None, None)  # PyTorch leaves out what is as by default
+    return plain[:n], Chunks(*plain[n:m]), *plain[m : m + 3], *of_ranks
 
 
 def _chunk_size(chunks: Chunks, n_rows: int, head: Head) -> int:
@@ -51,22 +53,25 @@ def _chunk_size(chunks: Chunks, n_rows: int, head: Head) -> int:
 
 @operator(
     "linear_loss",
-    HEAD + ", Tensor row_scale, Tensor? param, Tensor? sizes, " + PLAIN,
+    HEAD + ", Tensor row_scale, Tensor? param, " + PLAIN,
     "Tensor loss, Tensor rows, Tensor class_fraction, " + GRADIENTS,
+    communicates=True,
 )
-def linear_loss(input, weight, bias, target, row_scale, param, sizes, *plain):
+def linear_loss(input, weight, bias, target, row_scale, param, *plain):
     """Loss (...), rows (6, ...), class_fraction [], and the gradients of the sum that are needed of the head's tensors.
 
     class_fraction: mean share of the classes that took part in the gradients' matmuls.
     """
-    form, chunks, dtype, backend, group, needs = _opened(plain)
+    form, chunks, dtype, backend, needs, rows_spread, sizes, group = _opened(plain)
+    form = form_of(*form)
     row_operations = backend_of(backend, input)
     head = Head(input, weight, bias, dtype)
     flat_target, flat_scale = flat(target), flat(row_scale)
     if group is not None:
         loss, rows, class_fraction, *gradients = linear_ranks.linear_loss(
-            head, flat_target, flat_scale, param, Shards(group, sizes), form, chunks, backend, row_operations, needs
-        )
+            head, flat_target, flat_scale, param, form, chunks, backend, row_operations, needs,
+            Shards(group, sizes), rows_spread,
+        )  # fmt: skip
     else:
         if backend == "torch":
             check_target(target, len(weight), form.ignore_index)
@@ -114,7 +119,7 @@ def _linear_loss(head, target, row_scale, param, form, chunks, backend, row_oper
 
 
 @linear_loss.register_fake
-def _(input, weight, bias, target, row_scale, param, sizes, *plain):
+def _(input, weight, bias, target, row_scale, param, *plain):
     rows = row_scale.new_empty((N_FIELDS, *target.shape))
     class_fraction = row_scale.new_empty((), dtype=torch.float32)
     return row_scale.new_empty(target.shape), rows, class_fraction, *_fake_gradients(input, weight, plain)
@@ -122,18 +127,20 @@ def _(input, weight, bias, target, row_scale, param, sizes, *plain):
 
 @operator(
     "linear_gradients",
-    HEAD + ", Tensor row_grad, Tensor rows, Tensor? sizes, " + PLAIN,
+    HEAD + ", Tensor row_grad, Tensor rows, " + PLAIN,
     GRADIENTS,
+    communicates=True,
 )
-def linear_gradients(input, weight, bias, target, row_grad, rows, sizes, *plain):
+def linear_gradients(input, weight, bias, target, row_grad, rows, *plain):
     """The gradients that are needed, from logits made again, for row_grad (...) = upstream gradient * row_scale."""
-    form, chunks, dtype, backend, group, needs = _opened(plain)
+    form, chunks, dtype, backend, needs, rows_spread, sizes, group = _opened(plain)
+    form = form_of(*form)
     row_operations = backend_of(backend, input)
     head = Head(input, weight, bias, dtype)
     of_rows = flat(target), flat(row_grad), rows.reshape(N_FIELDS, -1)
     if group is not None:
         dinput, dweight, dbias = linear_ranks.linear_gradients(
-            head, *of_rows, Shards(group, sizes), form, chunks, backend, row_operations, needs
+            head, *of_rows, form, chunks, backend, row_operations, needs, Shards(group, sizes), rows_spread
         )
     else:
         dinput, dweight, dbias = _linear_gradients(head, *of_rows, form, chunks, backend, row_operations, needs)
@@ -160,12 +167,12 @@ def _linear_gradients(head, target, row_grad, rows, form, chunks, backend, row_o
 
 
 @linear_gradients.register_fake
-def _(input, weight, bias, target, row_grad, rows, sizes, *plain):
+def _(input, weight, bias, target, row_grad, rows, *plain):
     return _fake_gradients(input, weight, plain)
 
 
 def _fake_gradients(input, weight, plain):
-    _, chunks, dtype, _, _, (needs_input, needs_weight, needs_bias) = _opened(plain)
+    _, chunks, dtype, _, (needs_input, needs_weight, needs_bias), *_ = _opened(plain)
     dtype = supported(dtype, input.device)
     total_dtype = torch.promote_types(chunks.accumulate_dtype, dtype)
     return (
@@ -178,7 +185,7 @@ def _fake_gradients(input, weight, plain):
 # As if no row were dropped: a bound, since how many are is not known from shapes.
 @register_flop_formula([torch.ops.tce_kernels.linear_loss, torch.ops.tce_kernels.linear_gradients])
 def _flops(input_shape, weight_shape, *arguments, out_shape=None, **_) -> int:
-    *_, needs = arguments
+    needs = _opened(arguments[4:])[4]  # behind target, row_scale and param, or row_grad and rows
     (V, D), (*leading, _) = weight_shape, input_shape
     return 2 * math.prod(leading) * D * V * (1 + needs[0] + needs[1])
 
@@ -199,7 +206,7 @@ class LinearLossAndGradients(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *_, ctx.backend, _, ctx.needs, ctx.may_vanish = inputs
+        *_, ctx.backend, ctx.needs, _, _, _, ctx.may_vanish = inputs
         _, rows, class_fraction, *gradients = output
         ctx.mark_non_differentiable(class_fraction, *gradients)
         ctx.set_materialize_grads(False)
@@ -239,14 +246,14 @@ class LinearRowLoss(Function):
 
     @forward_method
     def forward(input, weight, bias, *arguments):
-        *arguments, _, _ = arguments
-        return linear_loss(input, weight, bias, *arguments, [False] * 3)[:3]
+        *arguments, _, rows_spread, sizes, group, _ = arguments
+        return linear_loss(input, weight, bias, *arguments, [False] * 3, rows_spread, sizes, group)[:3]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, weight, bias, target, row_scale, _, sizes, *ctx.plain, _ = inputs
+        input, weight, bias, target, row_scale, _, *ctx.plain, sizes, ctx.group, _ = inputs
         _, rows, class_fraction = output
-        *_, ctx.needs = ctx.plain
+        *_, ctx.needs, _ = ctx.plain
         ctx.mark_non_differentiable(class_fraction)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight, bias, target, row_scale, rows, sizes)
@@ -259,7 +266,7 @@ class LinearRowLoss(Function):
         with torch.no_grad():
             gradients = linear_gradients(
                 input.detach(), weight.detach(), None if bias is None else bias.detach(), target,
-                upstream * row_scale, rows.detach(), sizes, *ctx.plain,
+                upstream * row_scale, rows.detach(), *ctx.plain, sizes, ctx.group,
             )  # fmt: skip
             gradients = [gradient for gradient, needed in zip(gradients, ctx.needs, strict=True) if needed]
             gradients = [gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
@@ -290,7 +297,7 @@ def loss_and_rows(
     input: Tensor, weight: Tensor, bias: Tensor | None, *arguments, in_forward: bool, may_vanish: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, per row (...) or the sum [] where the gradients are made in forward; rows (6, ...); class_fraction []."""
-    *_, needs = arguments
+    *_, needs, _, _, _ = arguments
     if not any(needs):
         return linear_loss(input, weight, bias, *arguments)[:3]
     if torch.compiler.is_compiling():

@@ -6,6 +6,7 @@ unpacked once, where the operators take plain values (`Form`).
 
 import math
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,12 @@ def _negative_or_not_finite(value) -> tuple:
 
 def _not_positive_or_not_finite(value) -> tuple:
     return value == 0, *_negative_or_not_finite(value)
+
+
+def _to_compare(value) -> float | str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} tensor"
+    return float(value) if isinstance(value, Real) else str(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +182,11 @@ class LossOptions:
             check_constant("denominator", denominator)
             if denominator.dim() != 0:
                 raise ValueError(f"denominator must be a 0-d tensor, got shape {list(denominator.shape)}")
+            if denominator.is_floating_point() and denominator.element_size() < 4:  # FSDP2 converts what it is given
+                raise TypeError(
+                    f"denominator must not be in {denominator.dtype}, which counts no tokens: pass a number, float32 "
+                    "or an integer; FSDP2's MixedPrecisionPolicy leaves tensors alone with cast_forward_inputs=False"
+                )
         else:
             check_number("denominator", denominator, "a finite number >= 0", _negative_or_not_finite)
         if reduction != "mean" and not (isinstance(denominator, str) and denominator == "valid"):
@@ -213,12 +225,10 @@ class LossOptions:
         return {**of_rule, **what}
 
     def of_ranks(self) -> dict:
-        """The options that must be the same on all ranks of the group, tensors as what kind they are, by name."""
+        """The options that must be the same on all ranks of the group, by name: numbers, and texts of the others."""
         own = ("rule", "return_stats", "inplace", "group")
         values = {**vars(self.rule), **{f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}}
-        return {
-            name: f"{value.dtype} tensor" if isinstance(value, Tensor) else str(value) for name, value in values.items()
-        }
+        return {name: _to_compare(value) for name, value in values.items()}
 
     def checked_by_ranks(self) -> list:
         """Options that hold the same values on all ranks if they are tensors; token_weight only of the same rows."""
@@ -256,10 +266,9 @@ class Chunks(NamedTuple):
     chunk_size: int | None
     accumulate_dtype: torch.dtype
     gradient_tolerance: float
-    rows: str
 
 
-CHUNKS_SCHEMA = "int? chunk_size, ScalarType accumulate_dtype, Scalar gradient_tolerance, str rows"
+CHUNKS_SCHEMA = "int? chunk_size, ScalarType accumulate_dtype, Scalar gradient_tolerance"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

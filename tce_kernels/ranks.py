@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from .autograd import forward_method, operator
 from .context import has_data
-from .shards import all_gather, distributed, resolved
+from .shards import all_gather, resolved, torch_distributed
 
 # What a rank says of its arguments; the checksums of tensors come last.
 FACTS = ("status", "rows", "classes", "features", "options")
@@ -44,7 +44,7 @@ def _refuse_refused(table: list[list[int]]) -> None:
 
 
 def _refuse_differences(table: list[list[int]], rows_spread: bool, text: str, group) -> None:
-    dist = distributed()
+    dist = torch_distributed()
     columns = dict(zip(FACTS + CHECKED, zip(*table, strict=True), strict=True))
     if len(set(columns.pop("options"))) > 1:
         texts = [None] * len(table)
@@ -69,6 +69,7 @@ def _refuse_differences(table: list[list[int]], rows_spread: bool, text: str, gr
     "Tensor input, Tensor? linear_weight, Tensor target, Tensor? token_weight, Tensor? weight, Tensor? threshold, "
     "Tensor? denominator, str text, bool rows_spread, bool on_host, str group",
     "Tensor sizes",
+    communicates=True,
 )
 def agree(input, linear_weight, target, token_weight, weight, threshold, denominator, *plain):
     """`sizes` [2, p] of `Shards`, once all ranks have found that their arguments go together; otherwise every rank
@@ -83,12 +84,13 @@ def agree(input, linear_weight, target, token_weight, weight, threshold, denomin
     group = resolved(group_name)
     n_classes = input.shape[-1] if linear_weight is None else len(linear_weight)
     if not on_host:
-        sizes = torch.tensor([n_classes, target.numel()], dtype=torch.int64, device=input.device)
+        sizes = torch.full((2,), target.numel(), dtype=torch.int64, device=input.device)  # no copy from the host
+        sizes[0].fill_(n_classes)
         return all_gather(sizes, group).t().contiguous()
     n_features = 0 if linear_weight is None else linear_weight.shape[1]
     facts = [0, target.numel(), n_classes, n_features, zlib.crc32(text.encode())]
     per_row = [None, None] if rows_spread else [target.long(), token_weight]
-    table = _table(facts, [*per_row, weight, threshold, denominator], group, _device_for(group, [input]))
+    table = _table(facts, [*per_row, weight, threshold, denominator], group, device_for(group, [input]))
     _refuse_refused(table)
     _refuse_differences(table, rows_spread, text, group)
     sizes = torch.tensor([[row[FACTS.index(name)] for row in table] for name in ("classes", "rows")], device="cpu")
@@ -103,11 +105,11 @@ def agree(input, linear_weight, target, token_weight, weight, threshold, denomin
 @agree.register_fake
 def _(input, *arguments):
     *_, on_host, group_name = arguments
-    shape = 2, distributed().get_world_size(resolved(group_name))
+    shape = 2, torch_distributed().get_world_size(resolved(group_name))
     return input.new_empty(shape, dtype=torch.int64, device="cpu" if on_host else input.device)
 
 
-@operator("sum_over_ranks", "Tensor x, Tensor sizes, str group", "Tensor sum")
+@operator("sum_over_ranks", "Tensor x, Tensor? sizes, str group", "Tensor sum", communicates=True)
 def _sum_over_ranks(x, sizes, group_name):
     return all_gather(x, resolved(group_name)).sum(0)
 
@@ -133,7 +135,7 @@ class _SumOverRanks(Function):
         return upstream, None, None
 
 
-def sum_over_ranks(x: Tensor, sizes: Tensor, group_names: Sequence[str]) -> Tensor:
+def sum_over_ranks(x: Tensor, sizes: Tensor | None, group_names: Sequence[str]) -> Tensor:
     """Sum of x [] over the ranks, added up in their order everywhere; to each rank its own part's gradient comes back.
 
     `sizes` is what the ranks agreed on, before which nothing travels.
@@ -143,7 +145,7 @@ def sum_over_ranks(x: Tensor, sizes: Tensor, group_names: Sequence[str]) -> Tens
     return x
 
 
-def _device_for(group, tensors: list) -> torch.device:
+def device_for(group, tensors: list) -> torch.device:
     """A device that the group has a backend for: that of the first tensor, if it can be."""
     devices = [tensor.device for tensor in tensors if isinstance(tensor, Tensor)]
     for device in [*devices, torch.device("cpu")]:
@@ -154,9 +156,10 @@ def _device_for(group, tensors: list) -> torch.device:
 
 def are_compared(tensors: list, always: bool) -> bool:
     """Whether ranks compare their arguments: not where only that would make the host wait, unless asked to debug."""
-    dist = distributed()
-    debugged = dist.get_debug_level() != dist.DebugLevel.OFF
-    return always or debugged or not any(isinstance(tensor, Tensor) and tensor.is_cuda for tensor in tensors)
+    if always or not any(isinstance(tensor, Tensor) and tensor.is_cuda for tensor in tensors):
+        return True
+    dist = torch_distributed()
+    return not torch.compiler.is_compiling() and dist.get_debug_level() != dist.DebugLevel.OFF
 
 
 def all_or_none(group, tensors: list, always: bool, check: Callable, *arguments):
@@ -166,9 +169,9 @@ def all_or_none(group, tensors: list, always: bool, check: Callable, *arguments)
     try:
         return check(*arguments)
     except Exception:
-        is_group = isinstance(group, distributed().ProcessGroup)
+        is_group = isinstance(group, torch_distributed().ProcessGroup)
         have_data = all(has_data(tensor) for tensor in tensors if isinstance(tensor, Tensor))
         if is_group and have_data and are_compared(tensors, always):
             facts = [1] + [0] * (len(FACTS) - 1)
-            _table(facts, [None] * len(CHECKED), group, _device_for(group, tensors))
+            _table(facts, [None] * len(CHECKED), group, device_for(group, tensors))
         raise

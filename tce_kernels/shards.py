@@ -12,7 +12,7 @@ from torch import Tensor
 from .options import IGNORED
 
 
-def distributed():
+def torch_distributed():
     """torch.distributed, which is slow to import and not in every build."""
     import torch.distributed
 
@@ -28,11 +28,12 @@ def resolved(group_name: str):
 
 def all_gather(x: Tensor, group, async_op: bool = False):
     """x [...] of all ranks: [p, ...], or that and the work to wait for."""
-    dist = distributed()
+    dist = torch_distributed()
     out = x.new_empty(dist.get_world_size(group), *x.shape)
     work = None
     if x.numel():  # of all ranks or of none
-        work = dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=group, async_op=async_op)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
+        work = gather(out.view(-1), x.contiguous().view(-1), group=group, async_op=async_op)
     return (out, work) if async_op else out
 
 
@@ -44,7 +45,7 @@ class Shards:
 
     def __init__(self, group_name: str, sizes: Tensor):
         self.group = resolved(group_name)
-        dist = distributed()
+        dist = torch_distributed()
         self.rank, self.n_ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
         classes = sizes[0]
         self.start, self.n_classes = classes[: self.rank].sum(), classes.sum()
@@ -72,7 +73,7 @@ class Shards:
 
     def add_later(self, x: Tensor) -> Callable[[], Tensor]:
         """Start to sum up x over the ranks, in place; what is returned waits for it."""
-        work = distributed().all_reduce(x, group=self.group, async_op=True) if x.numel() else None
+        work = torch_distributed().all_reduce(x, group=self.group, async_op=True) if x.numel() else None
 
         def wait():
             if work is not None:
@@ -100,6 +101,8 @@ class SpreadRows:
         padded = x.new_zeros(max(self.counts), *x.shape[1:], dtype=dtype)
         padded[: len(self.own)] = x[self.own]
         gathered = self.shards.gather(padded)
+        if min(self.counts) == max(self.counts):
+            return gathered.flatten(0, 1)
         return torch.cat([part[:count] for part, count in zip(gathered, self.counts, strict=True)])
 
     def own_rows(self, x: Tensor) -> Tensor:
@@ -113,15 +116,17 @@ class SpreadRows:
 
         `wanted` is the same on all ranks; other rows are zeros.
         """
-        indices = [part.nonzero().squeeze(1) for part in wanted.split(self.counts)]
-        parts = x.split(self.counts)
-        padded = x.new_zeros(len(parts), max(map(len, indices)), *x.shape[1:])
-        for some, part, index in zip(padded, parts, indices, strict=True):
-            some[: len(index)] = part[index]
+        counts = torch.stack([part.sum() for part in wanted.split(self.counts)]).tolist()
+        indices = wanted.nonzero().squeeze(1).split(counts)
+        padded = x.new_zeros(len(counts), max(counts), *x.shape[1:])
+        for some, index in zip(padded, indices, strict=True):
+            some[: len(index)] = x[index]
         sums = padded.new_empty(padded.shape[1:])
         if sums.numel():
-            distributed().reduce_scatter_tensor(sums.view(-1), padded.view(-1), group=self.shards.group)
+            dist = torch_distributed()
+            scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # before torch 2.13
+            scatter(sums.view(-1), padded.view(-1), group=self.shards.group)
         out = x.new_zeros(self.n_rows, *x.shape[1:])
-        index = indices[self.shards.rank]
+        index = indices[self.shards.rank] - self.own_part.start
         out[self.own[index]] = sums[: len(index)]
         return out

@@ -7,8 +7,8 @@ from torch import Tensor
 # What the kernels keep of each row: the fields of `rows` (6, ...), for backward and for the statistics.
 LOG_PROB, LSE, COEF, ROW_MAX, SUM_EXP, CORRECT = range(6)
 N_FIELDS = 6
-# What each of several parts of a row, on ranks or in splits, knows of it: the fields of `sums` (3 or 4, ...), the last
-# with label smoothing only. Maximum, sum of exponentials below it, the target (NaN where it is in another part), sum.
+# What is summed up of each part of a row, `sums` (3 or 4, ...): largest u, sum of exp((u - largest) unit), u of the
+# target (NaN if it is not in that part) and, with label smoothing, sum of u; see `sweeps` for u and unit.
 SHARD_MAX, SHARD_SUM_EXP, SHARD_TARGET, SHARD_SUM = range(4)
 
 

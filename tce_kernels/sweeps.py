@@ -26,6 +26,8 @@ EDGE_LOGITS_PER_THREAD = tl.constexpr(8)  # of masked blocks, so that little of 
 
 LOG_PROB, LSE, COEF = tl.constexpr(stats.LOG_PROB), tl.constexpr(stats.LSE), tl.constexpr(stats.COEF)
 ROW_MAX, SUM_EXP, CORRECT = tl.constexpr(stats.ROW_MAX), tl.constexpr(stats.SUM_EXP), tl.constexpr(stats.CORRECT)
+SHARD_MAX, SHARD_SUM_EXP = tl.constexpr(stats.SHARD_MAX), tl.constexpr(stats.SHARD_SUM_EXP)
+SHARD_TARGET, SHARD_SUM = tl.constexpr(stats.SHARD_TARGET), tl.constexpr(stats.SHARD_SUM)
 
 
 @triton.jit
@@ -235,7 +237,7 @@ def sweep(
 
 @triton.jit
 def store_row(
-    loss_ptr, rows_ptr, row, N, V, target_u, row_max, sum_exp, sum_u, live, row_scale,
+    loss_ptr, rows_ptr, row, N, n_classes, target_u, row_max, sum_exp, sum_u, live, row_scale,
     param, alpha, z_loss, label_smoothing, unit, RULE: tl.constexpr, SMOOTHING: tl.constexpr,
 ):  # fmt: skip
     """Apply the rule to one row and store its loss and its `rows`; zeros if it is not live (ignored)."""
@@ -249,7 +251,7 @@ def store_row(
     # A NaN row, or a target out of range, is NaN in the gradient too.
     coef = tl.where(log_prob == log_prob, coef, log_prob)
     if SMOOTHING:
-        uniform = unit * (row_max - sum_u / V) + log_sum  # lse - mean(z)
+        uniform = unit * (row_max - sum_u / n_classes) + log_sum  # lse - mean(z)
         phi = (1.0 - label_smoothing) * phi + label_smoothing * uniform
     phi += z_loss * lse * lse
 
@@ -266,13 +268,13 @@ def store_row(
 
 
 @triton.jit
-def row_gradient(row_grad, coef, lse, sum_exp, z_loss, label_smoothing, logit_scale, V):
+def row_gradient(row_grad, coef, lse, sum_exp, z_loss, label_smoothing, logit_scale, n_classes):
     """Factors of exp2((u - max u) scale), of the target's one-hot and of ones in the row's gradient."""
     row_grad *= logit_scale
     return (
         row_grad * (coef + 2.0 * z_loss * lse) / sum_exp,
         row_grad * coef * (1.0 - label_smoothing),
-        row_grad * coef * label_smoothing / V,
+        row_grad * coef * label_smoothing / n_classes,
     )
 
 
@@ -341,12 +343,12 @@ def write_zeros(
 
 
 @triton.jit
-def load_param(param):
-    """A number that was given by value or, where only the device knows it, in memory."""
-    param = tl.to_tensor(param)  # the interpreter leaves numbers as they are
-    if param.dtype.is_ptr():
-        param = tl.load(param)
-    return tl.cast(param, tl.float32)
+def load_number(number):
+    """In float32 a number that was given by value or, where only the device knows it, in memory."""
+    number = tl.to_tensor(number)  # the interpreter leaves numbers as they are
+    if number.dtype.is_ptr():
+        number = tl.load(number)
+    return tl.cast(number, tl.float32)
 
 
 @triton.jit

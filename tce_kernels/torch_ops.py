@@ -279,7 +279,7 @@ def pack(x, is_kept, K):
     taken = torch.zeros(K, dtype=torch.bool, device=x.device).index_fill_(0, kept[:n_staying], True)
     order, gaps = torch.arange(K, device=x.device), taken.logical_not().nonzero().squeeze(1)
     order[gaps] = kept[n_staying:]
-    step = max(BLOCK_LOGITS // x.shape[1], 1)
+    step = max(BLOCK_LOGITS // max(x.shape[1], 1), 1)
     memory = x.new_empty(min(step, len(gaps)), x.shape[1])
     for some in gaps.split(step):
         x.index_copy_(0, some, torch.index_select(x, 0, order[some], out=memory[: len(some)]))

@@ -1,6 +1,7 @@
 """The row operations on Triton's kernels: how they are launched, and what for."""
 
 import functools
+import math
 
 import torch
 import triton
@@ -165,7 +166,7 @@ def _planned(plan, *tensors):
 
 
 def _plan_of_row_loss(logits):
-    """Splits of a row, strides and options of `row_loss_kernel`."""
+    """Splits of a row, strides and options of `row_loss_kernel` and `split_sums_kernel`."""
     return _n_splits(logits), _strides(logits), _blocks(logits)
 
 
@@ -191,35 +192,90 @@ def row_loss(logits, target, row_scale, param, form):
     """
     outer, inner, V = logits.shape
     N = outer * inner
+    n_splits, strides, options = _planned(_plan_of_row_loss, logits) if N else (1, None, None)
+    if n_splits > 1:
+        sums = _split_sums(logits, target, form, n_splits, strides, options)
+        return row_loss_of_sums(sums, target, row_scale, param, form, V)
     loss = torch.empty(N, dtype=torch.float32, device=logits.device)
     rows = torch.empty(stats.N_FIELDS, N, dtype=torch.float32, device=logits.device)
     if N:
-        n_splits, strides, options = _planned(_plan_of_row_loss, logits)
-        split_sums = torch.empty(3 * N * n_splits if n_splits > 1 else 0, dtype=torch.float32, device=logits.device)
-        options = options | _flags(form)
         with _device(logits):
-            if n_splits > 1:
-                kernels.split_sums_kernel[(N, n_splits)](
-                    logits, target, split_sums, *strides, inner, N, V,
-                    form.ignore_index, form.softcap or 1.0, form.logit_scale, **options,
-                )  # fmt: skip
             kernels.row_loss_kernel[(N,)](
-                logits, target, row_scale, _param(param, form), loss, rows, split_sums, *strides, inner, N, V,
+                logits, target, row_scale, _param(param, form), loss, rows, *strides, inner, N, V,
                 form.ignore_index, form.alpha, form.z_loss, form.label_smoothing, form.softcap or 1.0,
-                form.logit_scale, RULE=form.rule, N_SPLITS=n_splits, **options,
+                form.logit_scale, RULE=form.rule, **options, **_flags(form),
             )  # fmt: skip
     return loss, rows
 
 
-def dlogits(logits, target, row_grad, rows, form, out):
-    """Write the gradient for row_grad [N] = upstream gradient * row_scale to out, which may be the logits."""
+def _n_sums(form):
+    """Fields of `sums`."""
+    return 4 if form.label_smoothing else 3
+
+
+def _split_sums(logits, target, form, n_splits, strides, options):
+    """sums [n_splits, F, N] of rows that so many programs share."""
     outer, inner, V = logits.shape
     N = outer * inner
+    sums = torch.empty(n_splits, _n_sums(form), N, dtype=torch.float32, device=logits.device)
+    with _device(logits):
+        kernels.split_sums_kernel[(N, n_splits)](
+            logits, target, sums, *strides, inner, N, V,
+            form.ignore_index, form.softcap or 1.0, form.logit_scale, **options, **_flags(form),
+        )  # fmt: skip
+    return sums
+
+
+def shard_sums(logits, target, form):
+    """sums [F, N], float32, of logits [outer, inner, V] that are a part of the classes, V = 0 among them.
+
+    target [N]: a column here, or out of range where the target lies elsewhere. One split a row, whatever the shape:
+    what is put together in `row_loss_of_sums` has as many from everyone.
+    """
+    outer, inner, V = logits.shape
+    N = outer * inner
+    if N and V:
+        _, strides, options = _planned(_plan_of_row_loss, logits)
+        return _split_sums(logits, target, form, 1, strides, options)[0]
+    sums = torch.zeros(_n_sums(form), N, dtype=torch.float32, device=logits.device)
+    sums[stats.SHARD_MAX] = torch.finfo(torch.float32).min
+    sums[stats.SHARD_TARGET] = math.nan
+    return sums
+
+
+def row_loss_of_sums(sums, target, row_scale, param, form, n_classes):
+    """`row_loss` from the sums [p, F, N] of all p parts of the classes; target [N] says which rows are ignored.
+
+    n_classes: of all parts together, a number or a tensor [].
+    """
+    n_splits, _, N = sums.shape
+    loss = torch.empty(N, dtype=torch.float32, device=sums.device)
+    rows = torch.empty(stats.N_FIELDS, N, dtype=torch.float32, device=sums.device)
     if N:
+        block = triton.next_power_of_2(n_splits)
+        n_warps = min(max(block // WARP, 2), 16)  # a split a thread
+        with _device(sums):
+            kernels.row_loss_of_sums_kernel[(N,)](
+                sums, target, row_scale, _param(param, form), loss, rows, N, n_splits, n_classes,
+                form.ignore_index, form.alpha, form.z_loss, form.label_smoothing, form.softcap or 1.0,
+                form.logit_scale, RULE=form.rule, BLOCK_SPLITS=block, **_flags(form),
+                **_launch_options(n_warps, sums.device),
+            )  # fmt: skip
+    return loss, rows
+
+
+def dlogits(logits, target, row_grad, rows, form, out, n_classes=None):
+    """Write the gradient for row_grad [N] = upstream gradient * row_scale to out, which may be the logits.
+
+    n_classes: of the whole row, a number or a tensor [], where the logits are a part of it, V = 0 among them.
+    """
+    outer, inner, V = logits.shape
+    N = outer * inner
+    if N and V:
         n_splits, strides, options = _planned(_plan_of_dlogits, logits, out)
         with _device(logits):
             kernels.dlogits_kernel[(N, n_splits)](
-                out, logits, target, row_grad, rows, *strides, inner, N, V,
+                out, logits, target, row_grad, rows, *strides, inner, N, V, V if n_classes is None else n_classes,
                 form.z_loss, form.label_smoothing, form.softcap or 1.0, form.logit_scale, **options, **_flags(form),
             )  # fmt: skip
 
@@ -260,22 +316,30 @@ def loss_and_kept_dlogits(logits, target, row_scale, param, form, count=None):
     is_kept = rows[stats.COEF] != 0
     # In either case here the host waits, to learn K.
     if count is None:
-        kept, counted = is_kept.nonzero().squeeze(1), []
+        K, counted = len(is_kept.nonzero()), []
     else:
-        counts = count(logits[0], target, row_scale, rows)
-        K, *counted = torch.cat([is_kept.sum()[None], counts]).tolist()
-        kept = is_kept.byte().sort(stable=True, descending=True).indices[:K]
-    K = len(kept)
-    if K in (0, len(is_kept)):
-        return loss, rows, kept, counted
+        K, *counted = torch.cat([is_kept.sum()[None], count(logits[0], target, row_scale, rows)]).tolist()
+    return loss, rows, pack(logits[0], is_kept, K), counted
+
+
+def pack(x, is_kept, K):
+    """Move the K rows of x [n, V] that are kept, bool [n], into the first K: returns which row each of those was.
+
+    V may be 0. The rows behind hold anything.
+    """
+    order = torch.arange(K, device=x.device)
+    if K in (0, len(x)):
+        return order
     # The first K rows have as many gaps as there are kept rows behind them: gap h takes the h-th from the end.
-    gap = is_kept[:K].logical_not().cumsum(0)
-    source = torch.where(is_kept[:K], torch.arange(K, device=gap.device), kept[-gap])
-    with _device(logits):
-        kernels.move_rows_kernel[(K,)](
-            logits, source, logits.stride(1), BLOCK_V=COPY_V, **_launch_options(COPY_WARPS, logits.device)
-        )
-    return loss, rows, source, counted
+    n_kept = is_kept.cumsum(0)
+    gap = order + 1 - n_kept[:K]
+    source = torch.where(is_kept[:K], order, torch.searchsorted(n_kept, K + 1 - gap))
+    if x.shape[1]:
+        with _device(x):
+            kernels.move_rows_kernel[(K,)](
+                x, source, x.stride(0), BLOCK_V=COPY_V, **_launch_options(COPY_WARPS, x.device)
+            )
+    return source
 
 
 def class_sums(dlogits, groups):

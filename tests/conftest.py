@@ -118,6 +118,16 @@ def small_blocks(monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def ranks():
+    """The processes over which losses are distributed, started by the first test that runs something there."""
+    from tests.distributed.ranks import processes
+
+    started = processes()
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="session")
 def variants():
     """Compiled launches by target; all targets compile side by side from the first test that asks for one."""
     from benchmarks.codegen.compiled import ARGUMENTS, compile_for

@@ -26,7 +26,8 @@ import triton.language as tl  # noqa: E402 - after the skip
 
 from benchmarks.codegen.devices import DEVICES  # noqa: E402
 from tce_kernels import kernels, sweeps, triton_ops  # noqa: E402
-from tce_kernels.stats import COEF, LSE, N_FIELDS, SUM_EXP  # noqa: E402
+from tce_kernels.options import Form  # noqa: E402
+from tce_kernels.stats import COEF, CORRECT, LSE, N_FIELDS, SHARD_SUM, SUM_EXP  # noqa: E402
 
 pytestmark = needs_triton
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="looks into the interpreter")
@@ -602,6 +603,131 @@ def test_rows_move_beyond_32_bit_offsets(device):
     assert rows[2048].sum(dtype=torch.float32) == V // 256 * 255 * 128
 
 
+FORM = Form("truncated", math.log(0.6), 1.0, -100, z_loss=0.0, label_smoothing=0.0, softcap=None, logit_scale=1.0)
+SHARDS = {  # of V classes, by rank
+    "one": [V],
+    "even": [100, 99],
+    "three": [1, 150, V - 151],
+    "an empty one": [64, 0, 135, 0],
+    "eight": [25] * 7 + [24],
+}
+
+
+def in_one_process(logits, target, row_scale, form):
+    """Loss [N], rows [6, N] and gradient of logits [1, N, V]."""
+    loss, rows = triton_ops.row_loss(logits, target, row_scale, None, form)
+    gradient = torch.empty_like(logits)
+    triton_ops.dlogits(logits, target, row_scale, rows, form, gradient)
+    return loss, rows, gradient
+
+
+def over_ranks(logits, target, row_scale, form, widths, n_classes=V):
+    """The same from shards of so many classes, each seen by itself: only sums [F, N] go from one to another."""
+    ignored, elsewhere = target == form.ignore_index, -(2**63)
+    form = form._replace(ignore_index=elsewhere)
+    starts = np.cumsum([0, *widths[:-1]])
+    targets = [torch.where(ignored, elsewhere, target - int(start)) for start in starts]
+    gradient = torch.empty_like(logits)
+    shards = list(zip(logits.split(widths, 2), targets, gradient.split(widths, 2), strict=True))
+    sums = torch.stack([triton_ops.shard_sums(shard, local, form) for shard, local, _ in shards])
+    assert sums.shape == (len(widths), SHARD_SUM + bool(form.label_smoothing), len(target))
+    loss, rows = triton_ops.row_loss_of_sums(sums, targets[-1], row_scale, None, form, n_classes)
+    for shard, local, out in shards:
+        triton_ops.dlogits(shard, local, row_scale, rows, form, out, n_classes)
+    return loss, rows, gradient
+
+
+def assert_same_over_ranks(found, expected):
+    """Loss to 1e-6, gradient to a last digit, the mask and NaN to the bit."""
+    (loss, rows, gradient), (whole_loss, whole_rows, whole_gradient) = found, expected
+    eps = torch.finfo(gradient.dtype).eps
+    torch.testing.assert_close(loss, whole_loss, rtol=1e-6, atol=1e-7, equal_nan=True)
+    torch.testing.assert_close(rows, whole_rows, rtol=1e-6, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(gradient, whole_gradient, rtol=max(eps, 1e-6), atol=1e-7, equal_nan=True)
+    assert torch.equal(rows[COEF] == 0, whole_rows[COEF] == 0)
+    assert torch.equal(rows[CORRECT], whole_rows[CORRECT])
+
+
+@pytest.mark.parametrize("widths", SHARDS.values(), ids=SHARDS)
+@pytest.mark.parametrize(
+    "dtype, options",
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {"z_loss": 1e-2, "logit_scale": 1.5}),
+        (torch.float16, {"label_smoothing": 0.1}),
+        (torch.float32, {"rule": "focal", "param_number": 2.0, "alpha": 0.7, "softcap": 9.0}),
+        (torch.bfloat16, {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 9.0, "logit_scale": 1.3}),
+    ],
+    ids=str,
+)
+def test_shards_of_the_classes_give_what_one_process_does(dtype, options, widths, device, small_blocks):
+    logits, target = make_inputs(N, V, dtype, device)
+    target[1], target[4], target[5] = V, -1, V + 70  # nobody has them
+    row_scale = torch.rand(N, generator=torch.Generator().manual_seed(5)).to(device)
+    row_scale[3] = 0
+    args = logits[None], target, row_scale, FORM._replace(**options)
+    assert_same_over_ranks(over_ranks(*args, widths), in_one_process(*args))
+
+
+def test_the_number_of_classes_may_be_known_to_the_device_only(device, small_blocks):
+    logits, target = make_inputs(N, V, torch.float32, device)
+    args = logits[None], target, torch.ones(N, device=device), FORM._replace(label_smoothing=0.1), SHARDS["three"]
+    for given, read in zip(over_ranks(*args), over_ranks(*args, torch.tensor(V, device=device)), strict=True):
+        assert torch.equal(given, read)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"logit_scale": 1.5}, {"softcap": 9.0}, {"label_smoothing": 0.1, "z_loss": 1e-2}],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_one_shard_holds_stays_in_its_row(dtype, options, device, small_blocks):
+    """Infinities and NaN of one rank, or of all; the other rows are as they would be without them."""
+    widths = [64, 70, 0, 30, V - 164]
+    logits, target = make_inputs(10, V, dtype, device)
+    target[:] = 65  # on rank 1
+    target[8] = 3
+    logits[9] -= 200
+    logits[0, :64], logits[1, 64:134], logits[2] = -math.inf, -math.inf, -math.inf
+    logits[3, 140], logits[4, 134:] = math.nan, math.nan
+    logits[5, 2], logits[6, 65] = math.inf, math.inf
+    args = logits[None], target, torch.ones(9, device=device), FORM._replace(**options)
+    found = over_ranks(*args, widths)
+    assert_same_over_ranks(found, in_one_process(*args))
+    assert found[0][2 if "softcap" not in options else 3 : 5].isnan().all()
+    assert found[0][0 if "label_smoothing" not in options else 7].isfinite() and found[0][7:].isfinite().all()
+
+
+@interpreted
+def test_a_shard_is_read_once_by_whoever_has_it(device, memory):
+    """Its rows, but for the ignored ones, and the target's logit once more; for the loss none is read again."""
+    logits, target = make_inputs(N, V, torch.bfloat16, device)
+    target[1] = V  # not here
+    sums = triton_ops.shard_sums(logits[None], target, FORM)
+    expected = (target != -100).int()[:, None].expand(N, V).clone()
+    here = (target >= 0) & (target < V)
+    expected[here, target[here]] += 1
+    assert torch.equal(memory.count("read", logits), expected)
+    memory.forget()
+    triton_ops.row_loss_of_sums(sums[None], target, torch.ones(N), None, FORM, V)
+    assert (memory.count("read", logits) == 0).all()
+    assert (memory.count("read", sums) == 1).all()
+
+
+@pytest.mark.parametrize("columns", [0, 1, 33])
+def test_kept_rows_are_packed_alike_on_all_ranks(columns, device):
+    """Whatever their width: the order depends on which are kept, and each row arrives whole."""
+    for share in (0.0, 0.2, 0.5, 0.9, 1.0):
+        is_kept = torch.rand(37, generator=torch.Generator().manual_seed(4)).to(device) < share
+        K = int(is_kept.sum())
+        x = torch.arange(37.0, device=device)[:, None].repeat(1, columns)
+        kept = triton_ops.pack(x, is_kept, K)
+        assert torch.equal(kept.sort().values, is_kept.nonzero().flatten())
+        assert torch.equal(x[:K], kept[:, None].expand(K, columns).to(x.dtype))
+        assert torch.equal(kept, triton_ops.pack(torch.zeros(37, 5, device=device), is_kept, K))
+
+
 @pytest.mark.parametrize("columns", [31, 33, 100])
 def test_kept_rows_of_any_length_are_packed(columns, device, small_blocks, monkeypatch):
     """Shorter and longer than what is moved at a time, and several times as long."""
@@ -626,10 +752,21 @@ def test_numbers_of_more_rows_than_32_bits_address(device, memory, monkeypatch):
     assert {4 * field * n_rows for field in range(N_FIELDS)} <= fields
     options = dict(SOFTCAP=False, SMOOTHING=False, PEEL=False, VECTOR=1, BLOCK_V=16, THREADS=2)
     kernels.dlogits_kernel[(1, 1)](
-        *(torch.zeros(1) for _ in range(4)), rows, 0, 0, 0, 0, 1, n_rows, 1, 0.0, 0.0, 1.0, 1.0, **options
+        *(torch.zeros(1) for _ in range(4)), rows, 0, 0, 0, 0, 1, n_rows, 1, 1, 0.0, 0.0, 1.0, 1.0, **options
     )
     fields = {int(ptrs[0]) - rows.data_ptr() for ptrs, _ in memory.accesses["read"] if len(ptrs)}
     assert {4 * field * n_rows for field in (LSE, COEF, SUM_EXP)} <= fields
+
+    sums, numbers, options = torch.zeros(1), [torch.zeros(1) for _ in range(4)], options | {"SMOOTHING": True}
+    of_sums = {4 * field * n_rows for field in range(2 * (SHARD_SUM + 1))}  # of two splits
+    memory.forget()
+    kernels.split_sums_kernel[(1, 2)](*numbers[:2], sums, 0, 0, 1, n_rows, 1, -100, 1.0, 1.0, **options)
+    assert of_sums <= {int(ptrs[0]) - sums.data_ptr() for ptrs, _ in memory.accesses["written"]}
+    kernels.row_loss_of_sums_kernel[(1,)](
+        sums, *numbers[:2], 0.0, numbers[2], rows, n_rows, 2, 1, -100, 1.0, 0.0, 0.1, 1.0, 1.0,
+        RULE="truncated", SOFTCAP=False, SMOOTHING=True, BLOCK_SPLITS=2,
+    )  # fmt: skip
+    assert of_sums <= {int(ptr) - sums.data_ptr() for ptrs, _ in memory.accesses["read"] for ptr in ptrs}
 
 
 def lift(x, logit_scale, softcap):

@@ -1,6 +1,7 @@
 """What holds for the package as a whole: imports, optional triton, README."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -13,15 +14,27 @@ from cases import needs_triton
 ROOT = Path(__file__).parents[1]
 
 ALLOWED = {
-    "__init__": {"functional", "modules", "reference", "stats"},
-    "modules": {"functional", "options", "stats"},
-    "functional": {"autograd", "checks", "context", "head", "linear", "options", "reference", "stats", "torch_ops"},
+    "__init__": {"distributed", "functional", "modules", "reference", "stats"},
+    "distributed": {"checks", "functional", "options", "ranks", "shards"},
+    "modules": {"functional", "options", "ranks", "stats"},
+    "functional": {
+        "autograd", "checks", "context", "dtensors", "head", "linear", "options", "ranks", "reference", "stats",
+        "torch_ops",
+    },
+    "dtensors": {"fsdp", "options"},
+    "fsdp": set(),
+    "ranks": {"autograd", "context", "shards"},
     "options": {"checks", "context"},
     "checks": {"context", "layout"},
-    "linear": {"autograd", "context", "gradients", "head", "layout", "options", "stats"},
-    "gradients": {"head", "layout", "options", "torch_ops"},
+    "linear": {
+        "autograd", "chunks", "context", "gradients", "head", "layout", "linear_ranks", "options", "shards", "stats",
+    },
+    "linear_ranks": {"autograd", "chunks", "gradients", "head", "options", "shards", "stats"},
+    "chunks": {"gradients", "head"},
+    "gradients": {"head", "options", "shards", "torch_ops"},
     "head": {"checks"},
-    "autograd": {"context", "layout", "options", "stats", "torch_ops", "triton_ops"},
+    "autograd": {"context", "layout", "options", "shards", "stats", "torch_ops", "triton_ops"},
+    "shards": {"options"},
     "triton_ops": {"kernels", "stats"},
     "kernels": {"sweeps"},
     "sweeps": {"stats"},
@@ -30,7 +43,7 @@ ALLOWED = {
     "context": set(),
     "layout": set(),
     "stats": set(),
-}
+}  # fmt: skip
 
 
 # Of the benchmarks, by room and module. A room imports nothing of another one that does not stand here.
@@ -220,19 +233,35 @@ def test_import_is_quick_and_touches_no_device():
 
 
 def readme_blocks():
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """Those that run in one process, and those that torchrun starts."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return [b for b in blocks if "init_process_group" not in b], [b for b in blocks if "init_process_group" in b]
 
 
 def test_the_code_of_the_readme_runs():
     """In order, in one namespace, as a reader would paste it."""
-    blocks = readme_blocks()
+    blocks, _ = readme_blocks()
     assert len(blocks) >= 3
     namespace = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
 
 
-TREES = {"README.md": ROOT, "benchmarks/README.md": ROOT / "benchmarks"}
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch has no torch.distributed")
+@pytest.mark.parametrize("example", readme_blocks()[1])
+def test_the_examples_for_torchrun_run(example, tmp_path):
+    """As written, on two processes, which say the same of what is the same on all ranks."""
+    script = tmp_path / "example.py"
+    script.write_text(example)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launcher, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr
+    said = dict(re.findall(r"rank (\d): \w+ ([\d.]+)", done.stdout))
+    assert set(said) == {"0", "1"} and said["0"] == said["1"]
+
+
+TREES = {"README.md": ROOT, "benchmarks/README.md": ROOT / "benchmarks", "tests/README.md": ROOT / "tests"}
 
 
 def test_the_readmes_name_all_files_and_no_others():

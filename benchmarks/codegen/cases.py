@@ -1,4 +1,4 @@
-"""What is compiled: the calls of the public functions that between them launch every kernel variant."""
+"""What is compiled: the calls that between them launch every kernel variant."""
 
 import itertools
 from typing import NamedTuple
@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 TRAINING, EVALUATION, RETAINED, LINEAR = "loss + gradient", "loss only", "gradient in backward", "linear, one chunk"
+SHARD = "a rank's classes"
 VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FLAGS = (
@@ -62,6 +63,8 @@ def cases(core_only: bool, liger: bool) -> list[Case]:
             found.append(Case(TRAINING, ROWS, V, layout, dtype, flags, padding))
         if with_flags and dtype == torch.bfloat16:  # float16 takes this path by itself
             found.append(Case(RETAINED, ROWS, V, layout, dtype, (), padding))
+    for layout, flags in itertools.product(("aligned", "peeled"), FLAGS):
+        found.append(Case(SHARD, ROWS, LAYOUTS[layout][0], layout, bf16, flags))
     for dtype, V in itertools.product(DTYPES, (32000, 50257)):
         found.append(Case(TRAINING, FEW_ROWS, V, "few rows", dtype))
         found.append(Case(LINEAR, CHUNK_ROWS, V, f"chunk of {V}", dtype))

@@ -1,4 +1,4 @@
-"""Compile, for a GPU that is not there, every kernel that the public functions launch.
+"""Compile, for a GPU that is not there, every kernel that the losses launch.
 
     python -m benchmarks.codegen.compiled cuda 90 [--core] [--liger]
 
@@ -22,8 +22,9 @@ from triton.backends.compiler import GPUTarget
 
 import tce_kernels
 from tce_kernels import head, kernels, stats, triton_ops
+from tce_kernels.options import Form
 
-from .cases import EVALUATION, LINEAR, RETAINED, Case, cases
+from .cases import EVALUATION, LINEAR, RETAINED, SHARD, Case, cases
 from .devices import DEVICES, LIMITS
 from .resources import resources, row_work
 
@@ -33,6 +34,7 @@ ARGUMENTS = {
     "sm_100": ("cuda", "100"),
     "gfx942": ("hip", "gfx942"),
 }
+RANKS = 3
 FEATURES = 16  # of the linear path's hidden states: no kernel sees them
 
 
@@ -136,6 +138,8 @@ def launch(case: Case) -> None:
     Compiled.phase = "forward"
     if case.path == LINEAR:
         return launch_linear(case)
+    if case.path == SHARD:
+        return launch_shard(case)
     logits = torch.empty(case.N, case.V + case.padding, dtype=case.dtype)[:, : case.V]
     target = torch.zeros(case.N, dtype=torch.int64)
     if case.path == EVALUATION:
@@ -177,6 +181,22 @@ def launch_linear(case: Case) -> None:
     loss = tce_kernels.linear_truncated_cross_entropy(input, weight, target, backend="triton")
     torch.autograd.grad(loss, input)
     triton_ops.loss_and_dlogits = make_rows
+
+
+def launch_shard(case: Case) -> None:
+    """What one of RANKS ranks launches, each of which has V classes; only the device knows how many that makes."""
+    form = Form(
+        rule="focal" if "focal" in case.flags else "truncated", param_number=1.0, alpha=1.0, ignore_index=-100,
+        z_loss=0.0, label_smoothing=0.1 if "smoothing" in case.flags else 0.0,
+        softcap=30.0 if "softcap" in case.flags else None, logit_scale=1.0,
+    )  # fmt: skip
+    logits = torch.empty(1, case.N, case.V, dtype=case.dtype)
+    target, row_scale = torch.zeros(case.N, dtype=torch.int64), torch.ones(case.N)
+    n_classes = torch.tensor(RANKS * case.V)
+    sums = torch.stack(RANKS * [triton_ops.shard_sums(logits, target, form)])
+    loss, rows = triton_ops.row_loss_of_sums(sums, target, row_scale, None, form, n_classes)
+    Compiled.phase = "backward"
+    triton_ops.dlogits(logits, target, row_scale, rows, form, torch.empty_like(logits), n_classes)
 
 
 def report(case: Case, target: GPUTarget, known: dict) -> list[dict]:

@@ -1,0 +1,1 @@
+"""Cases of the losses over several processes, and the processes that run them."""

@@ -1,0 +1,224 @@
+"""Losses whose classes are split over ranks, against one process: `pytest` starts four processes that talk by gloo.
+
+On several GPUs: torchrun --standalone --nproc-per-node 4 -m pytest tests/test_distributed*.py
+"""
+
+import itertools
+import os
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed import refusals
+from tests.distributed.calls import LOGITS, REPLICATED, SHARDED, Call, assert_same, in_one_process, layouts, on_a_rank
+from tests.distributed.drawing import OPTIONS, drawn
+from tests.distributed.refusals import DISAGREEMENTS, LINEAR_DISAGREEMENTS, ODD, OWN, REFUSALS
+
+pytestmark = [
+    pytest.mark.xdist_group("distributed"),  # in one worker, which starts the processes
+    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"),
+]
+WAYS = LOGITS, REPLICATED, SHARDED
+
+
+def compare(ranks, p, call):
+    assert_same(call, in_one_process(call, ranks.device), ranks.run(on_a_rank, p, call))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_option_on_every_layout(ranks, way, name):
+    whole = in_one_process(Call(way, (211,), OPTIONS[name], (37,)), ranks.device)
+    for p in (1, 2, 3, 4):
+        for sizes, counts in layouts(p):
+            call = Call(way, sizes, OPTIONS[name], counts)
+            assert_same(call, whole, ranks.run(on_a_rank, p, call))
+
+
+def test_truncation_leaves_rows_out_and_keeps_some(ranks):
+    """Otherwise the comparisons would be worth less."""
+    for name, options in OPTIONS.items():
+        if 0.1 < options.get("threshold", 1) < 1 and options.get("denominator") != 0:
+            kept = in_one_process(Call(LOGITS, (211,), options | {"return_stats": True}), ranks.device)["kept"].sum()
+            assert 5 < kept < 30, name
+
+
+@pytest.mark.parametrize("name", ["truncated", "everything", "none"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", WAYS)
+def test_other_dtypes(ranks, way, dtype, name):
+    sizes, counts = list(layouts(4))[1]
+    compare(ranks, 4, Call(way, sizes, OPTIONS[name], counts, dtype=dtype))
+
+
+@pytest.mark.parametrize("way", [REPLICATED, SHARDED])
+def test_autocast(ranks, way):
+    sizes, counts = next(layouts(3))
+    compare(ranks, 3, Call(way, sizes, OPTIONS["truncated"], counts, autocast=torch.bfloat16))
+
+
+@pytest.mark.parametrize("name, options", [
+    ("everything", {"chunk_size": 1}), ("everything", {"chunk_size": 8}), ("everything", {"chunk_size": 36}),
+    ("everything", {"chunk_size": 8, "allow_retain_graph": True}), ("everything, none", {"chunk_size": 2}),
+    ("by what is kept", {"chunk_size": 5}), ("everything", {"chunk_size": 8, "accumulate_dtype": torch.float64}),
+])  # fmt: skip
+@pytest.mark.parametrize("way", [REPLICATED, SHARDED])
+def test_chunks(ranks, way, name, options):
+    for p in (2, 4):
+        sizes, counts = next(layouts(p))
+        compare(ranks, p, Call(way, sizes, OPTIONS[name] | options, counts))
+
+
+@pytest.mark.parametrize("way", [REPLICATED, SHARDED])
+def test_every_combination_of_frozen_tensors(ranks, way):
+    sizes, counts = list(layouts(3))[2]
+    for needs in itertools.product([False, True], repeat=3):
+        for options in ({}, {"reduction": "none"}):
+            compare(ranks, 3, Call(way, sizes, OPTIONS["truncated"] | options | {"chunk_size": 8}, counts, needs=needs))
+    for needs in itertools.product([False, True], repeat=2):
+        compare(ranks, 3, Call(way, sizes, OPTIONS["z-loss"], counts, needs=(*needs, False), has_bias=False))
+
+
+@pytest.mark.parametrize("changes", [
+    {"trailing": (5,), "n_rows": 4}, {"is_strided": True}, {"trailing": (5,), "n_rows": 4, "is_strided": True},
+    {"target_dtype": torch.int32}, {"ignored": tuple(range(37))}, {"n_rows": 0, "ignored": ()}, {"n_rows": 1},
+    {"options": {"threshold": 0.5, "inplace": True}}, {"options": {"gamma": 1.0, "inplace": True, "reduction": "none"}},
+])  # fmt: skip
+def test_shapes_of_given_logits(ranks, changes):
+    for p in (2, 4):
+        for sizes, _ in layouts(p):
+            call = Call(LOGITS, sizes, **{"options": OPTIONS["everything"]} | changes)
+            compare(ranks, p, call)
+
+
+@pytest.mark.parametrize("changes", [
+    {"counts": (2, 1, 0, 4), "trailing": (5,)}, {"counts": (0, 0, 0, 0)}, {"counts": (0, 0, 3, 0)},
+    {"counts": (9, 9, 9, 10), "ignored": tuple(range(9, 18))},  # nothing but ignored rows on a rank
+    {"counts": (9, 9, 9, 10), "ignored": tuple(range(37))}, {"counts": (9, 9, 9, 10), "target_dtype": torch.int32},
+])  # fmt: skip
+def test_rows_that_ranks_have_of_their_own(ranks, changes):
+    for name in ("truncated", "everything", "by what is kept, weighted", "none"):
+        for sizes, _ in layouts(4):
+            call = Call(SHARDED, sizes, OPTIONS[name], **{"n_rows": sum(changes["counts"])} | changes)
+            compare(ranks, 4, call)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("options", [{"reduction": "none", "return_stats": True}, {"z_loss": 1e-2}])
+@pytest.mark.parametrize("poison", [
+    (2, slice(50, 51), NAN), (2, slice(210, 211), INF), (2, slice(0, 211), -INF), (2, slice(0, 211), NAN),
+    (2, slice(0, 71), -INF), (2, slice(71, 141), -INF), (2, slice(141, 211), -INF),  # all that one rank has
+    (17, slice(0, 211), NAN),  # an ignored row
+])  # fmt: skip
+def test_values_that_break_a_row(ranks, poison, options):
+    """The row is what it is in one process, on every rank, and no other row is touched."""
+    sizes, _ = next(layouts(3))
+    for rule in ({"threshold": 0.5}, {"threshold": 0.5, "label_smoothing": 0.1}, {"gamma": 2.0}):
+        compare(ranks, 3, Call(LOGITS, sizes, rule | options, poison=poison))
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("way", [REPLICATED, SHARDED])
+def test_hidden_states_that_break_a_row(ranks, way, value):
+    sizes, counts = next(layouts(3))
+    options = {"threshold": 0.5, "reduction": "none", "return_stats": True, "chunk_size": 8}
+    for row in (2, 17):  # one that counts and one that is ignored
+        compare(ranks, 3, Call(way, sizes, options, counts, poison=(row, slice(3, 4), value)))
+
+
+@pytest.mark.parametrize("first", range(0, 150, 15))
+def test_calls_drawn_at_random(ranks, first):
+    for number in range(first, first + 15):
+        compare(ranks, *drawn(number))
+
+
+# Ranks that do not call alike. Every rank raises or none does, and the next call works.
+
+
+@pytest.fixture
+def compared(ranks):
+    if ranks.device.type != "cpu" and os.environ.get("TORCH_DISTRIBUTED_DEBUG", "OFF") == "OFF":
+        pytest.skip("losses of logits on a GPU compare their arguments with TORCH_DISTRIBUTED_DEBUG only")
+
+
+def refused(ranks, case, *arguments, p=4):
+    """The error of each rank, if the next call worked."""
+    outcomes = ranks.run(case, p, *arguments)
+    errors, following = zip(*outcomes, strict=True)
+    assert all(isinstance(error, tuple) for error in errors), errors
+    assert len(set(following)) == 1 and isinstance(following[0][0], float), following
+    return errors
+
+
+WITH_DISAGREEMENTS = [(LOGITS, name) for name in DISAGREEMENTS]
+WITH_DISAGREEMENTS += [
+    (way, name)
+    for way in (REPLICATED, SHARDED)
+    for name in DISAGREEMENTS | LINEAR_DISAGREEMENTS
+    if way == REPLICATED or name not in OWN
+]
+
+
+@pytest.mark.parametrize("way, name", WITH_DISAGREEMENTS)
+def test_a_disagreement_raises_the_same_error_on_all_ranks(ranks, compared, way, name):
+    for p in (2, 4):
+        errors = refused(ranks, refusals.disagree, way, name, p=p)
+        assert len(set(errors)) == 1
+        kind, text = errors[0]
+        assert kind is ValueError
+        assert (DISAGREEMENTS | LINEAR_DISAGREEMENTS)[name][-1] in text
+        assert re.search(r"must (be|hold) the same .*on all ranks of the group, got .*rank by rank", text)
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.parametrize("way", WAYS)
+def test_what_one_rank_refuses_fails_on_the_others(ranks, compared, way, name):
+    _, kind, text = REFUSALS[name]
+    for rank, (got, message) in enumerate(refused(ranks, refusals.refuse, way, name)):
+        if rank == ODD:
+            assert got is kind and re.match(text, message)
+        else:
+            assert got is RuntimeError and f"refused on rank {ODD} of the group" in message
+    for got, message in refused(ranks, refusals.refuse, way, name, True):
+        assert got is kind and re.match(text, message), "all of them have their own error"
+
+
+@pytest.mark.parametrize("value", [20, -1, 10**12])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_target_that_no_rank_has(ranks, way, value):
+    if ranks.device.type != "cpu":
+        pytest.skip("a NaN row on a GPU")
+    for only_on in (None, ODD) if way == SHARDED else (None,):
+        errors = refused(ranks, refusals.bad_target, way, value, only_on)
+        assert len(set(errors)) == 1
+        assert errors[0][0] is IndexError and re.match(rf"target must be in \[0, 20\).*got {value}", errors[0][1])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_class_weights_of_a_wrong_number(ranks, compared, way):
+    errors = refused(ranks, refusals.wrong_class_weights, way)
+    assert set(errors) == {(ValueError, "weight must have one entry per class of all ranks, [20], got [19]")}
+
+
+@pytest.mark.parametrize("kind", ["a name", "ranks", "not a member", "a mesh"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_group_that_is_none(ranks, way, kind):
+    for got, message in refused(ranks, refusals.wrong_group, way, kind):
+        assert got is TypeError and message.startswith("group must be None or a torch.distributed.ProcessGroup")
+
+
+def test_rows_are_replicated_or_sharded(ranks):
+    for got, message in refused(ranks, refusals.wrong_rows):
+        assert got is ValueError
+        assert message == "rows must be one of 'replicated', 'sharded', got 'split'"
+
+
+@pytest.mark.parametrize("way", [REPLICATED, SHARDED])
+def test_no_grad_on_one_rank(ranks, way):
+    errors, following = zip(*ranks.run(refusals.no_grad_on_one, 4, way), strict=True)
+    assert len(set(errors)) == 1 and errors[0][0] is ValueError
+    assert len(set(following)) == 1
