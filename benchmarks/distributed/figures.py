@@ -10,19 +10,21 @@ from .cases import MEGATRON, OURS, REPLICATED, SHARDED
 
 
 def draw(heading: list[str], volume: list[dict], modelled: list[dict], path: Path) -> None:
-    figure, panels = plots.new_figure(3, 3.9)
+    figure, panels = plots.new_figure(3, 4.4)
     most = max(row["p"] for row in volume)
     for panel, what in zip(panels, (REPLICATED, SHARDED), strict=False):
         sent(panel, [row for row in volume if row["p"] == most and row["what"] == what])
         panel.set_title(f"{what}, {most} ranks")
-    panels[0].set_ylabel("MiB that a rank sends, forward and backward")
+    panels[0].set_ylabel("MiB that a rank sends")
     efficiency(panels[-1], [row for row in modelled if row["rows"] == "replicated"])
     entries = {}
     for panel in panels[:2]:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     figure.legend(entries.values(), entries.keys(), loc="outside lower left", ncols=2)
-    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower right", ncols=2)
+    figure.legend(
+        *panels[-1].get_legend_handles_labels(), loc="outside lower right", title="dotted: communication not overlapped"
+    )
     plots.finish(figure, heading, path)
 
 
@@ -53,14 +55,12 @@ def efficiency(panel, rows: list[dict]) -> None:
     for kept, colour in zip(model.SHARES, (plots.COLOURS[0], plots.COLOURS[3], plots.COLOURS[4]), strict=True):
         of_share = [row for row in rows if row["kept"] == kept]
         for column, line in (("efficiency", "o-"), ("efficiency_serial", "o:")):
-            words = "overlapped" if column == "efficiency" else "one after the other"
-            panel.plot(
-                [row["p"] for row in of_share], [row[column] for row in of_share], line, color=colour, markersize=4,
-                label=f"{kept:.0%} kept, {words}",
-            )  # fmt: skip
+            label = f"{kept:.0%} kept" if column == "efficiency" else None
+            p = [row["p"] for row in of_share]
+            panel.plot(p, [row[column] for row in of_share], line, color=colour, markersize=4, label=label)
     panel.axvline(model.NODE, color="0.6", linewidth=1)
     panel.annotate("one node | more", (model.NODE, 0.03), (0, 0), textcoords="offset points", ha="center", color="0.4")
     panel.set_xscale("log", base=2)
     panel.set_xticks(model.RANKS, model.RANKS)
     panel.yaxis.set_major_formatter(PercentFormatter(1))
-    panel.set(title="modelled efficiency of the head on H100s", xlabel="GPUs", ylim=(0, 1.03))
+    panel.set(title="model: efficiency on H100s", xlabel="GPUs", ylim=(0, 1.03))

@@ -24,6 +24,7 @@ TAKEN = 0.1  # of the multiprocessors by a collective while it runs, in `efficie
 
 LOGIT_BYTES = 2  # bfloat16: logits, input, weight and logits' gradient
 SUM_BYTES = 3 * 4  # a row's maximum, sum of exponentials and target's logit, float32
+AHEAD = 1
 DX_BYTES = 4  # the input's gradient is summed in float32
 SHARES = (1.0, 0.5, 0.2)  # of the rows that are kept
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -95,23 +96,34 @@ class Queues:
 
 
 def step(head: Head, queues: Queues) -> None:
-    """What one call puts into the queues; as the package does it, a chunk ahead and with two buffers if p > 1."""
+    """What one call puts into the queues, in the order of the package: over ranks with AHEAD more chunks begun."""
     p, kept, rows, N, D, V, _ = head
     alone, others = p == 1, (p - 1) / p
     columns = V / p
     chunk = chunk_rows(head)
-    waiting = [0.0] if alone else [0.0, 0.0]  # kept rows in a buffer, until half a chunk has come together
+    ahead = 0 if alone else AHEAD
+    waiting = [0.0] * (1 + ahead)  # kept rows in a buffer, until half a chunk has come together
+    begun = []  # chunks: buffer, rows, when the sums of all ranks are there, when the number of kept rows is known
 
-    def begin(n):
-        """Logits and their sums; returns when the sums of all ranks are there."""
+    def begin(buffer, n):
+        """Logits and their sums, which then travel."""
         ready = queues.calculate(2 * n * D * columns / FLOPS + n * columns * LOGIT_BYTES / MEMORY)
-        return ready if alone else queues.communicate(collective(head, (p - 1) * n * SUM_BYTES))
+        begun.append(
+            [buffer, n, ready if alone else queues.communicate(collective(head, (p - 1) * n * SUM_BYTES)), None]
+        )
 
-    def end(buffer, n, gathered):
+    def combine(work):
+        """The loss, and which rows are kept, once; of hardly any duration."""
+        if work[3] is None:
+            work[3] = queues.calculate(0.0, after=work[2])
+
+    def end():
+        combine(begun[0])
+        buffer, n, _, known = begun.pop(0)
         # Gradients are written; before that, rows that are apart move together, and their logits are read again if the
         # sums had to be gathered first: whole rows are still in the cache.
         passes = kept * (1 + 2 * (1 - kept) + (not alone))
-        queues.calculate(HOST_WAIT + passes * n * columns * LOGIT_BYTES / MEMORY, after=gathered)
+        queues.calculate(passes * n * columns * LOGIT_BYTES / MEMORY, after=known + HOST_WAIT)
         waiting[buffer] += n * kept
         if waiting[buffer] > (chunk - 1) // 2:
             multiply(buffer)
@@ -128,14 +140,16 @@ def step(head: Head, queues: Queues) -> None:
 
     if rows == "sharded" and not alone:
         queues.computed = queues.communicate(collective(head, others * N * D * LOGIT_BYTES))
-    begun = []
     for i, start in enumerate(range(0, N, chunk)):
-        n = min(chunk, N - start)
-        begun.append((i % len(waiting), n, begin(n)))
-        if len(begun) == len(waiting):
-            end(*begun.pop(0))
-    for each in begun:
-        end(*each)
+        begin(i % len(waiting), min(chunk, N - start))
+        for work in begun[:-1]:
+            combine(work)
+        if len(begun) > ahead:
+            end()
+    for work in begun:
+        combine(work)
+    while begun:
+        end()
     for buffer in range(len(waiting)):
         multiply(buffer)
     if rows == "sharded" and not alone:
