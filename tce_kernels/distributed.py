@@ -48,6 +48,9 @@ def global_denominator(
         TypeError, ValueError: an argument has the wrong type, dtype or shape; the other ranks of the group then raise
         a RuntimeError (with tensors on a GPU only if TORCH_DISTRIBUTED_DEBUG is set: the host would have to wait).
 
+    FSDP2's MixedPrecisionPolicy converts what goes into a forward, to 16 bits that count no tokens: pass the
+    denominator to a wrapped module as a number, or set cast_forward_inputs=False.
+
     There is none for "kept": how many tokens are kept is known only after the losses.
     """
     if group is not None:

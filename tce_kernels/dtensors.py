@@ -53,7 +53,7 @@ def of_logits(logits, target, options: LossOptions) -> Call:
             "of its rows, pass to_local() of logits and target for the loss of these rows"
         )
     tp = by_class[0]
-    rows = [_replicate() if i == tp else placement for i, placement in enumerate(placements)]
+    rows = [_kinds().Replicate() if i == tp else placement for i, placement in enumerate(placements)]
     target, options = _local_arguments(target, options, mesh, rows, logits.shape[:-1])
     # Whoever else holds the logits would not notice that their memory is written to.
     options = replace(options, group=_group(options, mesh, tp), inplace=False)
@@ -90,7 +90,8 @@ def of_head(input, linear_weight, linear_bias, target, options: LossOptions) -> 
     else:
         spread = [i for i in range(mesh.ndim) if i != tp]
         result, local, is_summed = _as_it_is, input, True
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and input.requires_grad:
+    makes_gradients = torch.is_grad_enabled() and isinstance(local, Tensor) and local.requires_grad
+    if makes_gradients and not torch.compiler.is_compiling():
         warn_of_averages(linear_weight, linear_bias)
     options = replace(options, group=_group(options, mesh, tp))
     head = [_local_parameter(parameter, spread) for parameter in (linear_weight, linear_bias)]
@@ -101,16 +102,11 @@ def _as_it_is(result):
     return result
 
 
-def _replicate():
-    from torch.distributed.tensor import Replicate  # slow to import, but for whoever has a DTensor
+def _kinds():
+    """Where the kinds of placements are: slow to import, but whoever has a DTensor has imported it."""
+    import torch.distributed.tensor
 
-    return Replicate()
-
-
-def _partial():
-    from torch.distributed.tensor import Partial
-
-    return Partial()
+    return torch.distributed.tensor
 
 
 def _split(placement) -> int | None:
@@ -120,9 +116,7 @@ def _split(placement) -> int | None:
 
 def _is_whole_shard(placement) -> bool:
     """Whether each rank's part is one piece; not so where FSDP2 splits further what tensor parallelism has split."""
-    from torch.distributed.tensor import Shard
-
-    return type(placement) is Shard
+    return type(placement) is _kinds().Shard
 
 
 def _place_of_classes(linear_weight, linear_bias) -> tuple:
@@ -154,7 +148,7 @@ def _place_of_rows(input, mesh, tp: int) -> tuple:
     _check_mesh("input", input, mesh)
     last, rows = input.dim() - 1, list(input.placements)
     if rows[tp].is_partial() or _split(rows[tp]) == last:
-        rows[tp] = _replicate()
+        rows[tp] = _kinds().Replicate()
     if any(placement.is_partial() or _split(placement) == last for placement in rows):
         raise TypeError(
             "input must be Shard of a dimension of rows or Replicate on the mesh dimensions that do not split "
@@ -186,7 +180,9 @@ def _local_arguments(target, options: LossOptions, mesh, rows: list, shape) -> t
         if not any_of(value):
             return value
         if name != "weight" and any(placement.is_partial() for placement in value.placements):
-            value = value.redistribute(placements=[_replicate() if p.is_partial() else p for p in value.placements])
+            value = value.redistribute(
+                placements=[_kinds().Replicate() if p.is_partial() else p for p in value.placements]
+            )
         if not all(placement.is_replicate() for placement in value.placements):
             raise TypeError(f"{name} must be Replicate, got a DTensor with placements {value.placements}")
         return value.to_local()
@@ -206,7 +202,7 @@ def _local_parameter(parameter, spread: list[int]) -> Tensor | None:
     if parameter is None:
         return None
     placements = parameter.placements
-    of_gradient = [_partial() if i in spread else placement for i, placement in enumerate(placements)]
+    of_gradient = [_kinds().Partial() if i in spread else placement for i, placement in enumerate(placements)]
     # To where it is already: nothing moves but, in backward, the gradient.
     return parameter.redistribute(placements=placements).to_local(grad_placements=of_gradient)
 
@@ -215,15 +211,13 @@ def _as_dtensor(mesh, rows: list, spread: list[int], shape, options: LossOptions
     """Of a loss per row, placed as `rows` are; or of a scalar, a part of a sum on the mesh dimensions `spread`."""
 
     def result(value):
-        from torch.distributed.tensor import DTensor
-
+        kinds = _kinds()
         loss, *stats = value if isinstance(value, tuple) else (value,)
         if options.reduction == "none":
-            stride = torch.empty(shape, device="meta").stride()
-            loss = DTensor.from_local(loss, mesh, rows, run_check=False, shape=shape, stride=stride)
+            how = {"placements": rows, "shape": shape, "stride": torch.empty(shape, device="meta").stride()}
         else:
-            placements = [_partial() if i in spread else _replicate() for i in range(mesh.ndim)]
-            loss = DTensor.from_local(loss, mesh, placements, run_check=False)
+            how = {"placements": [kinds.Partial() if i in spread else kinds.Replicate() for i in range(mesh.ndim)]}
+        loss = kinds.DTensor.from_local(loss, mesh, run_check=False, **how)
         return (loss, *stats) if stats else loss
 
     return result

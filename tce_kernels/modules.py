@@ -153,6 +153,12 @@ class TruncatedCrossEntropyHead(nn.Linear):
             if options:
                 raise TypeError(f"options are those of the loss, which needs a target, got {', '.join(options)}")
             return super().forward(input)
+        denominator = options.get("denominator")
+        if isinstance(denominator, Tensor) and denominator.dtype in (torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"denominator must not be in {denominator.dtype}, which counts no tokens: pass a number or a tensor of "
+                "integers, or, if FSDP2 has converted it, its MixedPrecisionPolicy with cast_forward_inputs=False"
+            )
         return _call(linear_loss, self, self.class_weight, options, input, self.weight, self.bias, target)
 
     def rule(self) -> Truncated:

@@ -182,11 +182,6 @@ class LossOptions:
             check_constant("denominator", denominator)
             if denominator.dim() != 0:
                 raise ValueError(f"denominator must be a 0-d tensor, got shape {list(denominator.shape)}")
-            if denominator.is_floating_point() and denominator.element_size() < 4:  # FSDP2 converts what it is given
-                raise TypeError(
-                    f"denominator must not be in {denominator.dtype}, which counts no tokens: pass a number, float32 "
-                    "or an integer; FSDP2's MixedPrecisionPolicy leaves tensors alone with cast_forward_inputs=False"
-                )
         else:
             check_number("denominator", denominator, "a finite number >= 0", _negative_or_not_finite)
         if reduction != "mean" and not (isinstance(denominator, str) and denominator == "valid"):

@@ -6,13 +6,27 @@ On several GPUs: torchrun --standalone --nproc-per-node 4 -m pytest tests/test_d
 import itertools
 import os
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
+from cases import needs_triton
 
 from tests.distributed import refusals
-from tests.distributed.calls import LOGITS, REPLICATED, SHARDED, Call, assert_same, in_one_process, layouts, on_a_rank
+from tests.distributed.calls import (
+    LOGITS,
+    REPLICATED,
+    SHARDED,
+    Call,
+    assert_same,
+    in_one_process,
+    layouts,
+    on_a_rank,
+    on_a_rank_again,
+    share_of,
+    tensors_of,
+)
 from tests.distributed.drawing import OPTIONS, drawn
 from tests.distributed.refusals import DISAGREEMENTS, LINEAR_DISAGREEMENTS, ODD, OWN, REFUSALS
 
@@ -23,18 +37,26 @@ pytestmark = [
 WAYS = LOGITS, REPLICATED, SHARDED
 
 
-def compare(ranks, p, call):
-    assert_same(call, in_one_process(call, ranks.device), ranks.run(on_a_rank, p, call))
+def compare(ranks, p, call, case=on_a_rank):
+    assert_same(call, in_one_process(call, ranks.device), ranks.run(case, p, call))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("way", WAYS)
-def test_every_option_on_every_layout(ranks, way, name):
+def test_every_option(ranks, way, name):
     whole = in_one_process(Call(way, (211,), OPTIONS[name], (37,)), ranks.device)
     for p in (1, 2, 3, 4):
+        sizes, counts = list(layouts(p))[p - 2 if p > 1 else 0]  # even, uneven, with an empty shard
+        call = Call(way, sizes, OPTIONS[name], counts)
+        assert_same(call, whole, ranks.run(on_a_rank, p, call))
+
+
+@pytest.mark.parametrize("name", ["everything", "everything, none", "by what is kept, weighted"])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_layout(ranks, way, name):
+    for p in (2, 3, 4):
         for sizes, counts in layouts(p):
-            call = Call(way, sizes, OPTIONS[name], counts)
-            assert_same(call, whole, ranks.run(on_a_rank, p, call))
+            compare(ranks, p, Call(way, sizes, OPTIONS[name], counts), case=on_a_rank_again)
 
 
 def test_truncation_leaves_rows_out_and_keeps_some(ranks):
@@ -105,18 +127,50 @@ def test_rows_that_ranks_have_of_their_own(ranks, changes):
             compare(ranks, 4, call)
 
 
+@pytest.mark.parametrize("way", [REPLICATED, SHARDED])
+def test_tolerances(ranks, way):
+    """Loss and statistics are exact; the classes of least gradient mass stand in as the product of their marginals."""
+    tolerance, exact = 0.2, {"threshold": 0.5, "return_stats": True}
+    sizes = 500, 700, 0, 800
+    call = Call(way, sizes, exact | {"gradient_tolerance": tolerance}, (20, 0, 10, 7))
+    whole = in_one_process(replace(call, options=exact), ranks.device)
+    mass = in_one_process(replace(call, way=LOGITS, options=exact), ranks.device)["gradient of logits"].abs().sum()
+    x, weight, *_ = tensors_of(call)
+    largest = {"input": weight.abs().max(), "weight": x.abs().max(), "bias": torch.tensor(1.0)}
+    results = ranks.run(on_a_rank_again, 4, call)
+    fractions = {result.pop("class_fraction").item() for result in results}
+    assert len(fractions) == 1 and 0 < fractions.pop() < 1
+    for rank, result in enumerate(results):
+        for name, factor in largest.items():  # what is left out and what stands in for it: the tolerated mass each
+            key = f"gradient of {name}"
+            error = (result.pop(key) - share_of(call, key, whole[key], rank)).abs()
+            assert not error.numel() or 0 < error.max() <= 2 * tolerance * mass * factor
+    assert_same(call, {name: whole[name] for name in results[0]}, results)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["everything", "everything, none", "both weights, focal"])
+@pytest.mark.parametrize("way", WAYS)
+def test_triton(ranks, way, name):
+    """On a CPU in the interpreter: few rows, and what that gives in one process."""
+    options = OPTIONS[name] | {"backend": "triton"}
+    for sizes, counts in (((30, 0, 41), (5, 0, 3)), ((1, 60, 10), (0, 8, 0))):
+        compare(ranks, 3, Call(way, sizes, options, counts, n_rows=8, ignored=(3,)))
+
+
 NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize("options", [{"reduction": "none", "return_stats": True}, {"z_loss": 1e-2}])
-@pytest.mark.parametrize("poison", [
-    (2, slice(50, 51), NAN), (2, slice(210, 211), INF), (2, slice(0, 211), -INF), (2, slice(0, 211), NAN),
-    (2, slice(0, 71), -INF), (2, slice(71, 141), -INF), (2, slice(141, 211), -INF),  # all that one rank has
-    (17, slice(0, 211), NAN),  # an ignored row
+@pytest.mark.parametrize("row, columns, value", [
+    (2, (50, 51), NAN), (2, (210, 211), INF), (2, (0, 211), -INF), (2, (0, 211), NAN),
+    (2, (0, 71), -INF), (2, (71, 141), -INF), (2, (141, 211), -INF),  # all that one rank has
+    (17, (0, 211), NAN),  # an ignored row
 ])  # fmt: skip
-def test_values_that_break_a_row(ranks, poison, options):
+def test_values_that_break_a_row(ranks, row, columns, value, options):
     """The row is what it is in one process, on every rank, and no other row is touched."""
     sizes, _ = next(layouts(3))
+    poison = slice(row, row + 1), slice(*columns), value
     for rule in ({"threshold": 0.5}, {"threshold": 0.5, "label_smoothing": 0.1}, {"gamma": 2.0}):
         compare(ranks, 3, Call(LOGITS, sizes, rule | options, poison=poison))
 
@@ -127,7 +181,7 @@ def test_hidden_states_that_break_a_row(ranks, way, value):
     sizes, counts = next(layouts(3))
     options = {"threshold": 0.5, "reduction": "none", "return_stats": True, "chunk_size": 8}
     for row in (2, 17):  # one that counts and one that is ignored
-        compare(ranks, 3, Call(way, sizes, options, counts, poison=(row, slice(3, 4), value)))
+        compare(ranks, 3, Call(way, sizes, options, counts, poison=(slice(row, row + 1), slice(3, 4), value)))
 
 
 @pytest.mark.parametrize("first", range(0, 150, 15))
@@ -145,9 +199,9 @@ def compared(ranks):
         pytest.skip("losses of logits on a GPU compare their arguments with TORCH_DISTRIBUTED_DEBUG only")
 
 
-def refused(ranks, case, *arguments, p=4):
+def refused(ranks, case, *arguments):
     """The error of each rank, if the next call worked."""
-    outcomes = ranks.run(case, p, *arguments)
+    outcomes = ranks.run(case, 4, *arguments)
     errors, following = zip(*outcomes, strict=True)
     assert all(isinstance(error, tuple) for error in errors), errors
     assert len(set(following)) == 1 and isinstance(following[0][0], float), following
@@ -165,13 +219,12 @@ WITH_DISAGREEMENTS += [
 
 @pytest.mark.parametrize("way, name", WITH_DISAGREEMENTS)
 def test_a_disagreement_raises_the_same_error_on_all_ranks(ranks, compared, way, name):
-    for p in (2, 4):
-        errors = refused(ranks, refusals.disagree, way, name, p=p)
-        assert len(set(errors)) == 1
-        kind, text = errors[0]
-        assert kind is ValueError
-        assert (DISAGREEMENTS | LINEAR_DISAGREEMENTS)[name][-1] in text
-        assert re.search(r"must (be|hold) the same .*on all ranks of the group, got .*rank by rank", text)
+    errors = refused(ranks, refusals.disagree, way, name)
+    assert len(set(errors)) == 1
+    kind, text = errors[0]
+    assert kind is ValueError
+    assert (DISAGREEMENTS | LINEAR_DISAGREEMENTS)[name][-1] in text
+    assert re.search(r"must (be|hold) the same .*on all ranks of the group, got .*rank by rank", text)
 
 
 @pytest.mark.parametrize("name", REFUSALS)

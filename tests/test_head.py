@@ -80,6 +80,6 @@ def test_the_denominator_of_a_step_in_one_process():
 def test_a_denominator_that_counts_no_tokens_is_refused(dtype):
     """Which is what FSDP2 makes of one that it is given in its mixed precision."""
     with pytest.raises(TypeError, match="which counts no tokens"):
-        linear_truncated_cross_entropy(
-            torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([1, 2]), denominator=torch.tensor(4097.0, dtype=dtype)
+        tce_kernels.TruncatedCrossEntropyHead(3, 4)(
+            torch.zeros(2, 3), torch.tensor([1, 2]), denominator=torch.tensor(4097.0, dtype=dtype)
         )

@@ -673,28 +673,48 @@ def test_gradients_are_right_while_operations_are_counted():
         close(got, exact(call, x))
 
 
-def test_distributed_tensors_are_refused_by_name(tmp_path):
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
+@pytest.fixture
+def mesh(tmp_path):
+    """Of this process alone."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-        logits, logits_target = make_inputs(N, V, torch.float32, "cpu")
-        input, weight, bias, target = make_linear_inputs(N, D, V, torch.float32, "cpu")
-        extra = dict(token_weight=torch.rand(N), weight=torch.rand(V), denominator=torch.tensor(3.0))
-        given = dict(logits=logits, target=logits_target, threshold=torch.tensor(0.5), **extra)
-        head = dict(input=input, linear_weight=weight, target=target, linear_bias=bias, **extra)
-        for function, arguments in (
-            (tce_kernels.truncated_cross_entropy, given), (tce_kernels.linear_truncated_cross_entropy, head)
-        ):  # fmt: skip
-            for name, tensor in arguments.items():
-                placement = Shard(0) if tensor.dim() else Replicate()
-                distributed = distribute_tensor(tensor, mesh, [placement])
-                for backend in ("auto", "reference"):
-                    with pytest.raises(TypeError, match=f"{name} must be a plain tensor, got a DTensor with placem"):
-                        function(**arguments | {name: distributed}, backend=backend)
-        with pytest.raises(TypeError, match=r"grad_placements=\[Partial\('avg'\)\].*full_tensor\(\) alone is wrong"):
-            sharded = distribute_tensor(weight, mesh, [Shard(0)])
-            linear_truncated(input, sharded, None, target)
+        yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_distributed_tensors_beside_plain_ones_are_refused_by_name(mesh):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    logits, target = make_inputs(N, V, torch.float32, "cpu")
+    input, weight, _, linear_target = make_linear_inputs(N, D, V, torch.float32, "cpu")
+    per_row = dict(token_weight=torch.rand(N))
+    per_call = dict(weight=torch.rand(V), threshold=torch.tensor(0.5), denominator=torch.tensor(3.0))
+    head = dict(input=input, linear_weight=weight, target=linear_target, **per_row, **per_call)
+    for function, arguments in (
+        (tce_kernels.truncated_cross_entropy, dict(logits=logits, target=target, **per_row, **per_call)),
+        (tce_kernels.linear_truncated_cross_entropy, head),
+        (
+            tce_kernels.linear_truncated_cross_entropy,
+            head | dict(linear_weight=distribute_tensor(weight, mesh, [Shard(0)])),
+        ),
+    ):
+        for name in ("target", *per_row, *per_call):
+            placement = Shard(0) if arguments[name].dim() else Replicate()
+            distributed = distribute_tensor(arguments[name], mesh, [placement])
+            advice = "full_tensor" if name in per_call else "to_local"
+            with pytest.raises(TypeError, match=rf"^{name} must be a plain .* placements .*{name}\.{advice}\(\)"):
+                function(**arguments | {name: distributed})
+    with pytest.raises(TypeError, match="^linear_weight must be a DTensor where input"):
+        linear_truncated(distribute_tensor(input, mesh, [Replicate()]), weight, None, linear_target)
+
+
+def test_the_memory_of_distributed_logits_is_not_written_to(mesh):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    logits, target = make_inputs(N, V, torch.float32, "cpu")
+    distributed, target = distribute_tensor(logits, mesh, [Shard(1)]), distribute_tensor(target, mesh, [Replicate()])
+    for options in SCALAR[:2]:
+        x = distributed.clone().requires_grad_() * 1
+        tce_kernels.truncated_cross_entropy(x, target, inplace=True, **options).backward()
+        assert torch.equal(x.full_tensor(), logits)

@@ -31,7 +31,7 @@ class Call:
     is_strided: bool = False  # a column of rows too many, as in logits[:, :-1]
     ignored: tuple[int, ...] = (3, 17, 36)
     autocast: torch.dtype | None = None
-    poison: tuple[int, slice, float] = (0, slice(0), 0.0)  # row, columns of the logits or of the input, value
+    poison: tuple[slice, slice, float] = (slice(0), slice(0), 0.0)  # rows, columns of the logits or input; value
     seed: int = 0
 
     @property
@@ -54,9 +54,9 @@ class Call:
 
 
 def layouts(p):
-    """Ways to lay out V classes and 37 rows on p ranks: even, uneven, empty shards."""
+    """Ways to lay out V classes and 37 rows on p ranks: even, uneven, empty shards. One rank has no rows."""
     even = tuple(len(part) for part in torch.arange(V).tensor_split(p))
-    some = (9, 28), (20, 0, 17), (31, 0, 4, 2)  # one rank has no rows
+    some = (9, 28), (20, 0, 17), (31, 0, 4, 2)
     counts = (37,) if p == 1 else some[p - 2]
     yield even, counts
     if p > 1:
@@ -90,10 +90,14 @@ def in_one_process(call: Call, device: torch.device):
 
 
 def on_a_rank(here, call: Call):
-    """The same of this rank's share. Twice, for the same call gives the same bits."""
-    arguments = call, here.device, call.rows(here.rank), call.classes(here.rank)
+    """The same of this rank's share."""
     how = {"group": here.group} | ({"rows": call.way} if call.is_linear else {})
-    first, second = (_evaluate(*arguments, **how) for _ in range(2))
+    return _evaluate(call, here.device, call.rows(here.rank), call.classes(here.rank), **how)
+
+
+def on_a_rank_again(here, call: Call):
+    """Two calls of it, which give the same bits."""
+    first, second = on_a_rank(here, call), on_a_rank(here, call)
     for name in first:
         assert bits(first[name]) == bits(second[name]), f"{name} differs from call to call"
     return first
@@ -112,13 +116,13 @@ def _evaluate(call, device, own, classes, **how):
     kind = "focal" if "gamma" in options else "truncated"
     function = getattr(tce_kernels, f"{'linear_' if call.is_linear else ''}{kind}_cross_entropy")
 
-    row, columns, value = call.poison
+    rows, columns, value = call.poison
     if call.is_linear:
-        x[row, columns] = value
+        x[rows, columns] = value
         tensors = {"input": x[own], "weight": weight[classes], "bias": bias[classes] if call.has_bias else None}
     else:
         logits = torch.nn.functional.linear(x, weight, bias)
-        logits[row, columns] = value
+        logits[rows, columns] = value
         logits = logits[..., classes]
         if call.is_strided:
             logits = torch.nn.functional.pad(logits, (0, 0, 0, 1), value=float("nan"))
