@@ -24,7 +24,8 @@ def test_one_gpu_is_what_others_are_compared_with():
     for kept in model.SHARES:
         assert model.efficiency(Head(1, kept)) == 1 == model.efficiency(Head(1, kept, "sharded"))
         times = model.seconds(Head(1, kept))
-        assert times.communication == 0 and times.serial == times.overlapped == times.compute
+        assert times.communication == 0 and times.serial == times.overlapped
+        assert times.overlapped - times.compute == pytest.approx(2 * model.HOST_WAIT)  # two chunks
         assert times.compute >= 2 * model.N * model.D * model.V * (1 + 2 * kept) / model.FLOPS
 
 
@@ -36,7 +37,8 @@ def test_more_gpus_are_faster_and_less_efficient(rows, kept):
         assert more.compute < fewer.compute and more.communication > fewer.communication
     for each in times:
         assert max(each.compute, each.communication) <= each.overlapped <= each.serial
-        assert each.serial == pytest.approx(each.compute + each.communication)
+        waits = each.serial - each.compute - each.communication
+        assert 0 < waits <= 4 * model.HOST_WAIT * (1 + 1e-9)
     found = [model.efficiency(Head(p, kept, rows)) for p in model.RANKS]
     assert found == sorted(found, reverse=True)
 

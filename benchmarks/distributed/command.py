@@ -69,8 +69,9 @@ def path_of(name: str, quick: bool, device: torch.device = CPU) -> Path:
 
 def over_gloo(plan: Plan, quick: bool) -> int:
     heading = [
-        report.describe(CPU) + ", 1 thread a rank",
-        f"volume: {tables.in_words(plan.volume)}; gloo between processes of this machine",
+        report.describe(CPU),
+        f"volume: {tables.in_words(plan.volume)}; times: {tables.in_words(plan.times)}, float32; processes of this "
+        "machine over gloo, 1 thread each",
     ]
     print(*heading, sep="\n")
     found, status = {"volume": [], "agreement": [], "times": []}, 0

@@ -24,7 +24,7 @@ TAKEN = 0.1  # of the multiprocessors by a collective while it runs, in `efficie
 
 LOGIT_BYTES = 2  # bfloat16: logits, input, weight and logits' gradient
 SUM_BYTES = 3 * 4  # a row's maximum, sum of exponentials and target's logit, float32
-AHEAD = 1
+AHEAD = 1  # chunks
 DX_BYTES = 4  # the input's gradient is summed in float32
 SHARES = (1.0, 0.5, 0.2)  # of the rows that are kept
 RANKS = (1, 2, 4, 8, 16, 32, 64)

@@ -31,7 +31,7 @@ def formula(scheme: Scheme, shape: Shape, itemsize: int, kept: float, p: int) ->
     """Bytes that a rank sends: sums of rows, rows themselves, gradients of rows. Without agreement and padding."""
     N, D, V = shape
     ring = (p - 1) / p
-    sums, gradient = (p - 1) * N * SUMS, ring * kept * N * D * 4
+    sums, gradient = (p - 1) * N * SUMS, ring * (N - round((1 - kept) * N)) * D * 4
     theirs = 2 * ring * N * SUMS
     row = ring * N * D * itemsize
     return {
