@@ -1,7 +1,8 @@
 """A model of the head and its loss over p GPUs, forward and backward, from published and assumed figures alone.
 
 Two queues, as on a GPU: one computes, one communicates, each in order. The loss multiplies a chunk's logits while the
-sums of the chunk before it are gathered, and the weight's gradient while the input's is summed over the ranks.
+sums of the chunk before it are gathered, and the host learns how many rows are kept of the one before that; and it
+multiplies the weight's gradient while the input's is summed over the ranks.
 """
 
 from typing import NamedTuple
@@ -24,7 +25,7 @@ TAKEN = 0.1  # of the multiprocessors by a collective while it runs, in `efficie
 
 LOGIT_BYTES = 2  # bfloat16: logits, input, weight and logits' gradient
 SUM_BYTES = 3 * 4  # a row's maximum, sum of exponentials and target's logit, float32
-AHEAD = 1  # chunks
+AHEAD = 2  # chunks
 DX_BYTES = 4  # the input's gradient is summed in float32
 SHARES = (1.0, 0.5, 0.2)  # of the rows that are kept
 RANKS = (1, 2, 4, 8, 16, 32, 64)
