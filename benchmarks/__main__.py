@@ -14,6 +14,10 @@ SUBCOMMANDS = {
     "linear": ("timing.linear", "time and memory of linear layer, loss and gradients, without all logits in memory"),
     "states": ("states.command", "save the hidden states of a language model, for linear --states"),
     "codegen": ("codegen.command", "what the compiled kernels need and cost on GPUs that are not there"),
+    "distributed": (
+        "distributed.command",
+        "what losses over ranks send, and what that costs by a model; under torchrun, times",
+    ),
     "train": ("training.train", "train a small language model with each loss on Python's own documentation"),
     "collapse": ("collapse.command", "models trained again and again on their own output, with and without truncation"),
 }

@@ -6,13 +6,28 @@ the front. They wait there until half a chunk has come together, then take part 
 
 import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from .gradients import Gradients
 from .head import Head
+
+
+class NumberOnItsWay:
+    """A number [] that the host will need: it waits for that alone, not for what the device is asked to do after it."""
+
+    def __init__(self, number: Tensor):
+        self.number, self.event = number, None
+        if number.is_cuda:
+            self.number = torch.empty_like(number, device="cpu", pin_memory=True).copy_(number, non_blocking=True)
+            self.event = torch.cuda.current_stream(number.device).record_event()
+
+    def __int__(self) -> int:
+        if self.event is not None:
+            self.event.synchronize()
+        return int(self.number)
 
 
 class _Buffer:
@@ -48,14 +63,16 @@ class _Buffer:
             self.n_waiting, self.waiting = 0, []
 
 
-def through_chunks(
-    head: Head, rows: Tensor, chunk_size: int, backend: str, begin: Callable[[Tensor, Tensor], Callable[[], Tensor]],
-    gradients: Gradients | None, ahead: int = 0,
-) -> None:  # fmt: skip
-    """begin(logits [1, n, V], chunk [n]) returns what ends the work on that chunk, a function that returns the rows [K]
-    whose gradients it left in the first K rows.
+Step = Callable[[Tensor, Tensor], Iterator[Tensor | None]]
 
-    It is called when the logits of `ahead` more chunks have been made and begun with.
+
+def through_chunks(
+    head: Head, rows: Tensor, chunk_size: int, backend: str, step: Step, gradients: Gradients | None, n_stages: int = 1,
+) -> None:  # fmt: skip
+    """step(logits [1, n, V], chunk [n]) is the work on a chunk, in stages: None comes at the end of each but the last,
+    which gives the rows [K] whose gradients it left in the first K rows.
+
+    Between two stages of one chunk come those of others, and the logits of one more.
     """
     V = len(head.weight)
     # Fast matmuls need rows that start at multiples of 16 bytes, and Triton proves wide accesses right from strides
@@ -63,19 +80,21 @@ def through_chunks(
     stride = V if backend == "torch" else -(-V // 16) * 16
     most_waiting = (chunk_size - 1) // 2 if gradients else 0
     n_rows = min(len(rows), chunk_size + most_waiting)
-    buffers = [_Buffer(head, n_rows, stride, gradients, most_waiting) for _ in range(1 + ahead)]
-    begun = deque()
+    buffers = [_Buffer(head, n_rows, stride, gradients, most_waiting) for _ in range(n_stages)]
+    begun = deque()  # at most one chunk per stage, the oldest first
 
-    def end():
-        buffer, ends = begun.popleft()
-        buffer.keep(ends())
+    def advance():
+        for buffer, work in reversed([*begun]):
+            kept = next(work)
+            if kept is not None:
+                begun.popleft()
+                buffer.keep(kept)
 
     with torch.autocast(head.input.device.type, enabled=False):  # the dtypes have been chosen
         for chunk, buffer in zip(rows.split(chunk_size), itertools.cycle(buffers), strict=False):
-            begun.append((buffer, begin(buffer.write(chunk), chunk)))
-            if len(begun) > ahead:
-                end()
+            begun.append((buffer, step(buffer.write(chunk), chunk)))
+            advance()
         while begun:
-            end()
+            advance()
         for buffer in buffers:
             buffer.empty()

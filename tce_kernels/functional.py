@@ -428,8 +428,9 @@ def linear_truncated_cross_entropy(
         group: the ranks among which the classes are spread, in their order; None for one process. The weight is then
             (V_r, D) and the bias (V_r,), of this rank's classes, of which it may have any number and none; target holds
             ids of all V classes, class weights are (V,). The sums of each chunk are gathered while the next one is
-            multiplied, so there are two buffers of logits and at least four chunks where rows are many. The ranks
-            always compare their arguments before the work: either all raise or none does. Call it on all ranks.
+            multiplied, so three chunks have their logits in memory, and there are at least four where rows are many.
+            The ranks always compare their arguments before the work: either all raise or none does. Call it on all
+            ranks.
         rows: with a group, "replicated": input, target and token_weight are the same on all ranks, and the gradient of
             the input is the sum over them, of which only kept rows travel, in accumulate_dtype. "sharded": each rank
             has rows of its own, any number, of those that FSDP2 or sequence parallelism has given it. Rows that are not

@@ -93,21 +93,16 @@ def _linear_loss(head, target, row_scale, param, form, chunks, backend, row_oper
     gradients = gradients_for(head, needs, chunks, row_operations, form, row_scale, rows)
 
     def row_loss(logits, chunk):
-        def end():
-            loss[chunk], rows[:, chunk] = row_operations.row_loss(logits, target[chunk], row_scale[chunk], param, form)
-
-        return end
+        loss[chunk], rows[:, chunk] = row_operations.row_loss(logits, target[chunk], row_scale[chunk], param, form)
+        yield chunk[:0]
 
     def loss_and_kept_dlogits(logits, chunk):
-        def end():
-            loss[chunk], rows[:, chunk], kept, counted = row_operations.loss_and_kept_dlogits(
-                logits, target[chunk], row_scale[chunk], param, form, gradients.count
-            )
-            if counted:
-                gradients.learn(*counted)
-            return chunk[kept]
-
-        return end
+        loss[chunk], rows[:, chunk], kept, counted = row_operations.loss_and_kept_dlogits(
+            logits, target[chunk], row_scale[chunk], param, form, gradients.count
+        )
+        if counted:
+            gradients.learn(*counted)
+        yield chunk[kept]
 
     live = (target != form.ignore_index).nonzero().squeeze(1)
     chunk_size = _chunk_size(chunks, len(live), head)
@@ -152,14 +147,11 @@ def _linear_gradients(head, target, row_grad, rows, form, chunks, backend, row_o
     gradients = gradients_for(head, needs, chunks, row_operations, form, row_grad, rows)
 
     def dlogits(logits, chunk):
-        def end():
-            of_chunk = target[chunk], row_grad[chunk], rows[:, chunk]
-            row_operations.dlogits(logits, *of_chunk, form, logits)
-            if gradients.count:
-                gradients.learn(*gradients.count(logits[0], *of_chunk).tolist())
-            return chunk
-
-        return end
+        of_chunk = target[chunk], row_grad[chunk], rows[:, chunk]
+        row_operations.dlogits(logits, *of_chunk, form, logits)
+        if gradients.count:
+            gradients.learn(*gradients.count(logits[0], *of_chunk).tolist())
+        yield chunk
 
     wanted = ((rows[COEF] != 0) & (row_grad != 0)).nonzero().squeeze(1)
     through_chunks(head, wanted, _chunk_size(chunks, len(wanted), head), backend, dlogits, gradients)

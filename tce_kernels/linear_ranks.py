@@ -1,8 +1,9 @@
 """The linear path where each rank of a group has some of the classes, and all rows or rows of its own.
 
-What the ranks found about the rows of a chunk is gathered while the next chunk is multiplied. All ranks keep the same
-rows, whose parts of the input's gradient are summed up, packed, while the next rows are worked on. Where rows are
-spread over the ranks, those that are not ignored are gathered first, and the gradients of the kept ones go back last.
+What the ranks found about the rows of a chunk is gathered while the next chunk is multiplied, and how many rows are
+kept gets to the host while the one after it is. All ranks keep the same rows, whose parts of the input's gradient are
+summed up, packed, while the next rows are worked on. Where rows are spread over the ranks, those that are not ignored
+are gathered first, and the gradients of the kept ones go back last.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .autograd import check_target
-from .chunks import through_chunks
+from .chunks import NumberOnItsWay, through_chunks
 from .gradients import Gradients, gradients_for
 from .head import Head, auto_chunk_size
 from .options import Chunks, Form
@@ -59,25 +60,28 @@ def linear_loss(
 
     write_dlogits = _dlogits_writer(row_operations, target, row_scale, rows, form, shards, gradients)
 
-    def begin(logits, chunk):
+    def step(logits, chunk):
         gathered = shards.gather_later(row_operations.shard_sums(logits, target[chunk], form))
-
-        def end():
-            loss[chunk], chunk_rows = row_operations.row_loss_of_sums(
-                gathered(), target[chunk], row_scale[chunk], param, form, shards.n_classes
-            )
-            rows[:, chunk] = chunk_rows
-            if not any(needs):
-                return None
-            is_kept = chunk_rows[COEF] != 0
-            K = int(is_kept.sum())
-            kept = chunk[row_operations.pack(logits[0], is_kept, K)]
-            return write_dlogits(logits[:, :K], kept)
-
-        return end
+        yield None  # they travel
+        loss[chunk], chunk_rows = row_operations.row_loss_of_sums(
+            gathered(), target[chunk], row_scale[chunk], param, form, shards.n_classes
+        )
+        rows[:, chunk] = chunk_rows
+        if not any(needs):
+            yield chunk[:0]
+            return
+        is_kept = chunk_rows[COEF] != 0
+        K = NumberOnItsWay(is_kept.sum())
+        yield None
+        kept = chunk[row_operations.pack(logits[0], is_kept, int(K))]
+        write_dlogits(logits[:, : len(kept)], kept)
+        yield kept
 
     chunk_size = _chunk_size(chunks, len(chosen), head, shards)
-    through_chunks(head, chosen, chunk_size, backend, begin, gradients if any(needs) else None, ahead=1)
+    if any(needs):
+        through_chunks(head, chosen, chunk_size, backend, step, gradients, n_stages=3)
+    else:
+        through_chunks(head, chosen, chunk_size, backend, step, None, n_stages=2)
     class_fraction = _class_fraction(gradients, shards, chunks)
     dinput, dweight, dbias = gradients.finished()
     if rows_spread:
@@ -95,7 +99,6 @@ def _dlogits_writer(row_operations, target, row_grad, rows, form, shards, gradie
         row_operations.dlogits(logits, *of_kept, form, logits, shards.n_classes)
         if gradients.count and len(kept):
             gradients.learn(*gradients.count(logits[0], *of_kept).tolist())
-        return kept
 
     return write_dlogits
 
@@ -117,11 +120,12 @@ def linear_gradients(
     gradients = gradients_for(head, needs, chunks, row_operations, form, row_grad, rows, shards, rows_spread)
     write_dlogits = _dlogits_writer(row_operations, target, row_grad, rows, form, shards, gradients)
 
-    def begin(logits, chunk):
-        return lambda: write_dlogits(logits, chunk)
+    def step(logits, chunk):
+        write_dlogits(logits, chunk)
+        yield chunk
 
     indices = chosen.nonzero().squeeze(1)
-    through_chunks(head, indices, _chunk_size(chunks, len(indices), head, shards), backend, begin, gradients)
+    through_chunks(head, indices, _chunk_size(chunks, len(indices), head, shards), backend, step, gradients)
     dinput, dweight, dbias = gradients.finished()
     if rows_spread and gradients.needs_input:
         dinput = spread.own_sums(dinput, chosen).to(head.dtype)
