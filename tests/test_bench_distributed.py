@@ -38,7 +38,7 @@ def test_more_gpus_are_faster_and_less_efficient(rows, kept):
     for each in times:
         assert max(each.compute, each.communication) <= each.overlapped <= each.serial
         waits = each.serial - each.compute - each.communication
-        assert 0 < waits <= 4 * model.HOST_WAIT * (1 + 1e-9)
+        assert -1e-12 < waits <= 4 * model.HOST_WAIT * (1 + 1e-9)  # the host is waited for where nothing else is left
     found = [model.efficiency(Head(p, kept, rows)) for p in model.RANKS]
     assert found == sorted(found, reverse=True)
 
