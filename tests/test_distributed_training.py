@@ -14,7 +14,10 @@ from tests.distributed import mechanisms, placements, training
 from tests.distributed.calls import LOGITS, REPLICATED, SHARDED, Call, bits, distance, in_one_process, layouts
 from tests.distributed.drawing import OPTIONS
 
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = [
+    pytest.mark.xdist_group("distributed"),
+    pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 has no FSDP2 on a CPU"),
+]
 ANY_LOSS = pytest.mark.parametrize("name", training.OPTIONS)
 
 

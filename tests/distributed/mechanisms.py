@@ -2,6 +2,7 @@
 
 import torch
 import torch._dynamo.testing
+import torch._inductor.config
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
@@ -14,13 +15,14 @@ def make(here, call: Call):
     """(function of this rank's logits or weight, and of a number by which its loss is divided; that tensor)"""
     x, weight, bias, target, *_ = (tensor.to(here.device) for tensor in tensors_of(call))
     mine, rows, options = call.classes(here.rank), call.rows(here.rank), dict(call.options)
+    group, way = here.group, call.way
     if not call.is_linear:
         logits = torch.nn.functional.linear(x, weight, bias)[..., mine].contiguous()
         return lambda tensor, **more: tce_kernels.truncated_cross_entropy(
-            tensor * 1, target, group=here.group, **options, **more
+            tensor * 1, target, group=group, **options, **more
         ), logits
     return lambda tensor, **more: tce_kernels.linear_truncated_cross_entropy(
-        x[rows], tensor * 1, target[rows], linear_bias=bias[mine], group=here.group, rows=call.way, **options, **more
+        x[rows], tensor * 1, target[rows], linear_bias=bias[mine], group=group, rows=way, **options, **more
     ), weight[mine]
 
 
@@ -36,6 +38,7 @@ def compiled(here, call: Call, backend):
     """Eager and compiled results, of several calls with other values; and how many graphs there are."""
     function, tensor = make(here, call)
     torch._dynamo.reset()
+    torch._inductor.config.force_disable_caches = True  # what an older version of the operators has left there
     graphs = torch._dynamo.testing.CompileCounterWithBackend(backend)
     fast = torch.compile(function, fullgraph=True, backend=graphs)
     results = []

@@ -35,7 +35,11 @@ LOGITS = {
 def place(here, mesh, tensor, placements):
     if placements is None:
         return tensor.to(here.device)
-    return distribute_tensor(tensor.to(here.device), mesh, placements)
+    whole = [R if placement.is_partial() else placement for placement in placements]
+    placed = distribute_tensor(tensor.to(here.device), mesh, whole)
+    if whole == placements:
+        return placed
+    return DTensor.from_local(placed.to_local(), mesh, placements, run_check=False)
 
 
 def mesh_for(here, placements):
@@ -79,18 +83,13 @@ def placed(here, call: Call, of_input, of_target, of_loss, outright):
         results |= {name: value.cpu() for name, value in stats._asdict().items()}
     assert loss.placements == tuple(of_loss), loss.placements
     whole = loss.full_tensor()
-    if loss.dim():
-        upstream = upstream.to(here.device)
-    else:
-        upstream = torch.full_like(whole, 0.7)
-    if outright:
-        (0.7 * loss).backward()
-    else:
-        whole.backward(upstream)
+    upstream = upstream.to(here.device) if loss.dim() else torch.full_like(whole, 0.7)
+    value = 0.7 * loss if outright else whole
+    gradients = torch.autograd.grad(value, list(leaves.values()), None if outright else upstream)
     results["loss"] = whole.detach().cpu()
-    for name, leaf in leaves.items():
-        assert leaf.grad.placements == leaf.placements or is_partial, (name, leaf.grad.placements)
-        results[f"gradient of {name}"] = leaf.grad.full_tensor().cpu()
+    for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+        assert gradient.placements == leaf.placements or is_partial, (name, gradient.placements)
+        results[f"gradient of {name}"] = gradient.full_tensor().cpu()
     return results
 
 
