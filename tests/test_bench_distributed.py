@@ -38,14 +38,14 @@ def test_more_gpus_are_faster_and_less_efficient(rows, kept):
     for each in times:
         assert max(each.compute, each.communication) <= each.overlapped <= each.serial
         waits = each.serial - each.compute - each.communication
-        assert 0 < waits <= 4 * model.HOST_WAIT * (1 + 1e-9)
+        assert -1e-9 < waits <= 4 * model.HOST_WAIT * (1 + 1e-9)
     found = [model.efficiency(Head(p, kept, rows)) for p in model.RANKS]
     assert found == sorted(found, reverse=True)
 
 
 @pytest.mark.parametrize("kept", model.SHARES)
 def test_what_eight_gpus_keep_of_their_time(kept):
-    assert model.efficiency(Head(8, kept)) >= 0.92
+    assert model.efficiency(Head(8, kept)) >= 0.97
 
 
 def test_limits_of_the_model(monkeypatch):
