@@ -72,8 +72,8 @@ def over_loopback(call: Callable[[], object]) -> float | None:
     """Bytes that all ranks have sent, over p; None where there are no counters. What a barrier takes is not in it."""
     if not COUNTERS.exists():
         return None
-    readings = [_sent_during(call) - _sent_during(lambda: None) for _ in range(REPEATS)]
-    return min(readings) / dist.get_world_size()
+    of_call, of_nothing = (min(_sent_during(what) for _ in range(REPEATS)) for what in (call, lambda: None))
+    return (of_call - of_nothing) / dist.get_world_size()
 
 
 def _sent_during(call: Callable[[], object]) -> int:
