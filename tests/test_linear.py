@@ -29,6 +29,7 @@ from cases import (
 
 import tce_kernels
 from tce_kernels import gradients, head, linear
+from tce_kernels.chunks import through_chunks
 from tce_kernels.options import LogitsOptions, Truncated
 
 N, D, V = 9, 8, 71
@@ -702,6 +703,22 @@ def test_the_host_waits_once_a_chunk(options, device, monkeypatch):
     value = linear_truncated(*tensors, inputs[3], backend="triton", chunk_size=10, **options)
     torch.autograd.grad(value, tensors)
     assert len(waits) == 1 + 3  # before the loop, and in each of the chunks that 30 live rows make
+
+
+def test_the_next_chunks_have_begun_when_one_is_waited_for():
+    """In stages, of which the others' come in between; in memory of their own."""
+    done, memories = [], []
+
+    def step(logits, chunk):
+        memories.append(logits.data_ptr())
+        for stage in "abc":
+            done.append(f"{stage}{chunk.item()}")
+            yield chunk[:0] if stage == "c" else None
+
+    of_rows = head.Head(torch.ones(4, 2), torch.ones(3, 2), None, torch.float32)
+    through_chunks(of_rows, torch.arange(4), 1, "torch", step, None, n_stages=3)
+    assert done == "a0 a1 b0 a2 b1 c0 a3 b2 c1 b3 c2 c3".split()
+    assert len(set(memories)) == 3 and memories[3] == memories[0]
 
 
 class _Refusing:

@@ -12,7 +12,7 @@ from .ranks import LOOPBACK
 COUNTERS = Path("/proc/net/dev")
 REPEATS = 3  # of which the one with the fewest bytes counts: others use the interface too
 
-# By what PyTorch calls a collective, and by what gloo then does, which has no reduce-scatter of its own.
+# By what PyTorch calls a collective, and by what gloo then does.
 NAMES = {
     "c10d::allreduce_": "all-reduce",
     "c10d::_allgather_base_": "all-gather",
@@ -23,6 +23,7 @@ NAMES = {
     "gloo:all_reduce": "all-reduce",
     "gloo:all_gather": "all-gather",
 }
+IN_GLOO = {"reduce-scatter": "all-reduce"}  # which it has not
 # Of p ranks in a ring, each of which hands over x bytes.
 SENT = {
     "all-reduce": lambda x, p: 2 * (p - 1) / p * x,
@@ -57,10 +58,13 @@ def collectives(call: Callable[[], object]) -> list[Collective]:
     called = [event for event in events if event.name().startswith("c10d::")]
     done = [event for event in events if event.name().startswith("gloo:")]
     found = []
-    for request, work in zip(called, done, strict=True):
-        (shape,), (dtype,) = work.shapes(), work.dtypes()
-        n_bytes = torch.Size(shape).numel() * (NUMBERS | INTEGERS)[dtype]
-        found.append(Collective(NAMES[request.name()], NAMES[work.name()], n_bytes, dtype in NUMBERS))
+    for in_gloo in ("all-reduce", "all-gather"):  # each in its order, while one may overtake the other
+        requests = [event for event in called if IN_GLOO.get(NAMES[event.name()], NAMES[event.name()]) == in_gloo]
+        works = [event for event in done if NAMES[event.name()] == in_gloo]
+        for request, work in zip(requests, works, strict=True):
+            (shape,), (dtype,) = work.shapes(), work.dtypes()
+            n_bytes = torch.Size(shape).numel() * (NUMBERS | INTEGERS)[dtype]
+            found.append(Collective(NAMES[request.name()], in_gloo, n_bytes, dtype in NUMBERS))
     return found
 
 
@@ -68,8 +72,8 @@ def over_loopback(call: Callable[[], object]) -> float | None:
     """Bytes that all ranks have sent, over p; None where there are no counters. What a barrier takes is not in it."""
     if not COUNTERS.exists():
         return None
-    readings = [_sent_during(call) - _sent_during(lambda: None) for _ in range(REPEATS)]
-    return min(readings) / dist.get_world_size()
+    of_call, of_nothing = (min(_sent_during(what) for _ in range(REPEATS)) for what in (call, lambda: None))
+    return (of_call - of_nothing) / dist.get_world_size()
 
 
 def _sent_during(call: Callable[[], object]) -> int:
