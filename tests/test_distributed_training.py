@@ -98,6 +98,7 @@ def test_hybrid_shards(ranks, name, own):
     assert train(ranks, 4, "hybrid", name, own=own) is None
 
 
+@pytest.mark.skipif(torch.__version__ < "2.10", reason="full_tensor() of shards of shards is wrong in torch 2.9")
 @ANY_LOSS
 def test_fsdp2_over_tensor_parallel(ranks, name):
     assert train(ranks, 4, "fsdp_and_tensor_parallel", name, n_batches=2) is None
