@@ -11,7 +11,17 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch was built without gloo", allow_module_level=True)
 
 from tests.distributed import mechanisms, placements, training
-from tests.distributed.calls import LOGITS, REPLICATED, SHARDED, Call, bits, distance, in_one_process, layouts
+from tests.distributed.calls import (
+    LOGITS,
+    REPLICATED,
+    SHARDED,
+    Call,
+    bits,
+    distance,
+    in_one_process,
+    layouts,
+    tensors_of,
+)
 from tests.distributed.drawing import OPTIONS
 
 pytestmark = [
@@ -233,6 +243,19 @@ def test_a_second_backward(ranks, way, options):
     """Made from the logits or from what they are made from, which nothing has written to."""
     for first, second in ranks.run(mechanisms.backward_twice, 3, over_three(way, options)):
         assert bits(second) == bits(first)
+
+
+def test_upstream_gradients_say_nothing_of_what_travels(ranks):
+    """Rows that one rank alone has no use for are sent all the same: the others wait for them."""
+    call = over_three(REPLICATED, {"threshold": 1.0, "reduction": "none"})
+    x, weight, bias, target, *_ = tensors_of(call)
+    p = torch.softmax(torch.nn.functional.linear(x, weight, bias), 1)
+    p[torch.arange(37), target.clamp(min=0)] -= 1
+    p[target == -100] = 0
+    p[5:, call.classes(1)] = 0
+    for rank, (of_input, of_weight) in enumerate(ranks.run(mechanisms.zeros_from_above_on_one_rank, 3, call)):
+        torch.testing.assert_close(of_input, p @ weight, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(of_weight, (p.t() @ x)[call.classes(rank)], rtol=1e-5, atol=1e-5)
 
 
 def test_modules_are_the_functions(ranks):
