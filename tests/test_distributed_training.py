@@ -98,6 +98,7 @@ def test_hybrid_shards(ranks, name, own):
     assert train(ranks, 4, "hybrid", name, own=own) is None
 
 
+@pytest.mark.skipif(torch.__version__ < "2.10", reason="full_tensor() of shards of shards is wrong in torch 2.9")
 @ANY_LOSS
 def test_fsdp2_over_tensor_parallel(ranks, name):
     assert train(ranks, 4, "fsdp_and_tensor_parallel", name, n_batches=2) is None
@@ -190,10 +191,9 @@ def test_compiled_without_a_break(ranks, way, options):
 
 def test_compiled_by_inductor(ranks):
     """It leaves out what has no effect on one rank, such as sums over no rows; the others would wait for them."""
-    for options in ({}, {"denominator": "kept"}):
-        for results, _ in ranks.run(mechanisms.compiled, 3, over_three(SHARDED, options), "inductor", limit=300):
-            for eager, fast in results:
-                assert all(distance(got, want, want) <= 1e-6 for got, want in zip(fast, eager, strict=True))
+    for results, _ in ranks.run(mechanisms.compiled, 3, over_three(SHARDED, {}), "inductor", limit=300):
+        for eager, fast in results:
+            assert all(distance(got, want, want) <= 1e-6 for got, want in zip(fast, eager, strict=True))
 
 
 @ANY_REDUCTION
