@@ -1,4 +1,4 @@
-"""Whether FSDP2 sums up the gradients of a model over ranks, as a loss does that gets its own shard of the head."""
+"""Ways in which a head that FSDP2 has sharded would train silently wrong, as far as they can be seen."""
 
 import warnings
 
@@ -55,3 +55,23 @@ def _averages(state, head: tuple) -> bool:
             if parameter.sharded_param.requires_grad and not is_of_head:
                 return True
     return False
+
+
+def warn_of_full_tensor(linear_weight) -> None:
+    """Warn of a weight that `full_tensor()` gathered, without being told whose gradient it is, and maybe converted."""
+    node = linear_weight.grad_fn
+    while type(node).__name__ != "_ToTorchTensorBackward":
+        if node is None or len(node.next_functions) != 1:
+            return
+        node = node.next_functions[0][0]
+    gathered = node.next_functions[0][0]
+    spec = getattr(gathered, "current_spec", None)
+    was_sharded = spec is not None and any(placement.is_shard() for placement in spec.placements)
+    if was_sharded and getattr(node, "grad_placements", None) is None:
+        warnings.warn(
+            "linear_weight comes from full_tensor(), which takes its gradient for the same on all ranks. Where they "
+            "have rows of their own, as under FSDP2, that drops the gradient of the others: make the head a "
+            "TruncatedCrossEntropyHead, or pass the shard itself with rows='sharded'",
+            UserWarning,
+            stacklevel=2,
+        )

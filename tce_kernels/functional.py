@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import autograd, checks, dtensors, linear, reference, stats
 from .context import has_tangent, is_plain
+from .fsdp import warn_of_full_tensor
 from .head import matmul_dtype
 from .options import Focal, LinearOptions, LogitsOptions, Truncated
 from .ranks import agree, all_or_none, are_compared, sum_over_ranks
@@ -43,9 +44,9 @@ def _logits_loss(logits, target, options, row_groups=(), is_summed=True):
     in_forward = options.reduction != "none" and not late
     sizes = _agreed(logits, None, target, options, logits.dtype, backend)
 
-    def path(*arguments):
+    def path(target, row_scale, param, sizes):
         return autograd.loss_and_rows(
-            logits, *arguments, *options.form(), backend, sizes, options.group_name,
+            logits, target, row_scale, param, *options.form(), backend, sizes, options.group_name,
             in_forward=in_forward, inplace=options.inplace,
         )  # fmt: skip
 
@@ -87,9 +88,9 @@ def _linear_loss(input, linear_weight, linear_bias, target, options, row_groups=
     needs = [tensor is not None and torch.is_grad_enabled() and tensor.requires_grad for tensor in head]
     sizes = _agreed(input, linear_weight, target, options, dtype, backend, linear_bias is not None, needs)
 
-    def path(*arguments):
+    def path(target, row_scale, param, sizes):
         return linear.loss_and_rows(
-            *head, *arguments, *options.form(), *options.chunks(), dtype, backend, needs,
+            *head, target, row_scale, param, *options.form(), *options.chunks(), dtype, backend, needs,
             options.rows_spread, sizes, options.group_name,
             in_forward=options.reduction != "none" and not options.allow_retain_graph, may_vanish=options.by_kept,
         )  # fmt: skip
@@ -107,6 +108,8 @@ def _check_linear_loss(input, linear_weight, linear_bias, target, options, backe
             "pass the group, or FSDP2's own shard, which stays one if the head is a unit of its own (fully_shard(head))"
         )
     checks.check_head(input, linear_weight, linear_bias, backend, are_shards)
+    if linear_weight.grad_fn is not None and not torch.compiler.is_compiling():
+        warn_of_full_tensor(linear_weight)
     checks.check_rows(target, options, "input", input, None if are_shards else len(linear_weight))
     if are_shards:
         for name, tensor in (("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias)):
@@ -125,7 +128,9 @@ def _agreed(input, linear_weight, target, options, dtype, backend, has_bias=Fals
         return None
     text = ""
     if not torch.compiler.is_compiling():
-        facts = {"dtype": str(dtype), "backend": backend, "linear_bias": has_bias, "requires_grad": list(needs)}
+        facts = {"dtype": str(dtype), "backend": backend, "linear_bias": has_bias}
+        names = ("input", "linear_weight", "linear_bias") if needs else ()
+        facts |= {f"requires_grad of {name}": need for name, need in zip(names, needs, strict=True)}
         text = json.dumps({**options.of_ranks(), **facts})
     tensors = [value if isinstance(value, Tensor) else None for value in options.checked_by_ranks()]
     on_host = are_compared([input], always=linear_weight is not None)
@@ -137,7 +142,8 @@ def _agreed(input, linear_weight, target, options, dtype, backend, has_bias=Fals
 def _reduced(path, target, sizes, dtype, options, divide_last, row_groups, is_summed):
     """What the paths share: one number per row each before, the reduction after.
 
-    path(target, row_scale, param) returns the loss, per row or summed up, `rows`, and class_fraction if it knows one.
+    path(target, row_scale, param, sizes) returns the loss, per row or summed up, `rows`, and class_fraction if it
+    knows one.
     """
     dtype = compute_dtype(dtype)
     target = target.long()  # int32 would take an ignore_index beyond its range for another number
@@ -151,7 +157,7 @@ def _reduced(path, target, sizes, dtype, options, divide_last, row_groups, is_su
     mean = options.reduction == "mean"
     if mean and not options.by_kept:
         if isinstance(options.denominator, str):
-            total = sum_over_ranks(row_scale.sum(), sizes, spread)
+            total, sizes = sum_over_ranks(row_scale.sum(), sizes, spread)
         else:
             total = _scalar(options.denominator, row_scale)
         if divide_last:
@@ -161,13 +167,13 @@ def _reduced(path, target, sizes, dtype, options, divide_last, row_groups, is_su
         else:
             row_scale = row_scale * torch.where(total == 0, total, total.reciprocal())  # a number is a launch more
 
-    loss, rows, *class_fraction = path(target, row_scale, options.rule.param(dtype, target.device))
+    loss, rows, *class_fraction = path(target, row_scale, options.rule.param(dtype, target.device), sizes)
 
     rows = rows.detach()
     if options.reduction != "none":
-        loss = sum_over_ranks(loss.sum() if loss.dim() else loss, sizes, summed)
+        loss, sizes = sum_over_ranks(loss.sum() if loss.dim() else loss, sizes, summed)
     if options.by_kept:
-        total = sum_over_ranks((row_scale * (rows[stats.COEF] != 0)).sum(), sizes, spread)
+        total, _ = sum_over_ranks((row_scale * (rows[stats.COEF] != 0)).sum(), sizes, spread)
     if mean and divide_last:
         is_zero = total == 0
         if options.by_kept:
@@ -306,7 +312,8 @@ def truncated_cross_entropy(
             classes, and the same on all ranks: target holds ids of all classes, weight is (V,). Loss and statistics
             are the same bits on all ranks, and each has the gradient of its own logits, made in backward without
             communication. Before the work the ranks compare their arguments, and all of them raise if those do not go
-            together; on a GPU, where the host would have to wait for that, only if TORCH_DISTRIBUTED_DEBUG is set.
+            together (compiled: sizes and tensors only); on a GPU, where the host would have to wait for that, only if
+            TORCH_DISTRIBUTED_DEBUG is set.
             Call it on all ranks of the group. Not with backend="reference" or forward mode. Logits that are a DTensor
             need no group: Shard(-1) on one mesh dimension, Shard of rows or Replicate on the others. The target is then
             a DTensor or what belongs to this rank's rows, the loss a DTensor, Partial("sum") where rows are sharded;
@@ -429,8 +436,8 @@ def linear_truncated_cross_entropy(
             (V_r, D) and the bias (V_r,), of this rank's classes, of which it may have any number and none; target holds
             ids of all V classes, class weights are (V,). The sums of each chunk are gathered while the next one is
             multiplied, so three chunks have their logits in memory, and there are at least four where rows are many.
-            The ranks always compare their arguments before the work: either all raise or none does. Call it on all
-            ranks.
+            The ranks always compare their arguments before the work (compiled: sizes and tensors only): either all
+            raise or none does. Call it on all ranks.
         rows: with a group, "replicated": input, target and token_weight are the same on all ranks, and the gradient of
             the input is the sum over them, of which only kept rows travel, in accumulate_dtype. "sharded": each rank
             has rows of its own, any number, of those that FSDP2 or sequence parallelism has given it. Rows that are not

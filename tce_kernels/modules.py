@@ -16,7 +16,10 @@ def _call(loss: Callable, module: nn.Module, class_weight: Tensor | None, given:
     """The loss with the module's options, and those of a call in place of them."""
 
     def options():
-        return replace(module.options, rule=module.rule(), **{"weight": class_weight, **given})
+        rule = module.rule()
+        of_rule = {name: given[name] for name in rule.__dataclass_fields__ if name in given}
+        others = {name: value for name, value in given.items() if name not in of_rule}
+        return replace(module.options, rule=replace(rule, **of_rule), **{"weight": class_weight, **others})
 
     group = given.get("group", module.options.group)
     return loss(*tensors, all_or_none(group, list(tensors), loss is linear_loss, options))

@@ -109,14 +109,18 @@ def _(input, *arguments):
     return input.new_empty(shape, dtype=torch.int64, device="cpu" if on_host else input.device)
 
 
-@operator("sum_over_ranks", "Tensor x, Tensor? sizes, str group", "Tensor sum", communicates=True)
+@operator("sum_over_ranks", "Tensor x, Tensor? sizes, str group", "Tensor sum, Tensor after", communicates=True)
 def _sum_over_ranks(x, sizes, group_name):
-    return all_gather(x, resolved(group_name)).sum(0)
+    return all_gather(x, resolved(group_name)).sum(0), _copy_of(sizes, x)
 
 
 @_sum_over_ranks.register_fake
-def _(x, *_):
-    return torch.empty_like(x)
+def _(x, sizes, _):
+    return torch.empty_like(x), _copy_of(sizes, x)
+
+
+def _copy_of(sizes: Tensor | None, x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=torch.int64) if sizes is None else sizes.clone()
 
 
 class _SumOverRanks(Function):
@@ -128,21 +132,23 @@ class _SumOverRanks(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        pass
+        ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx, upstream, _):
         return upstream, None, None
 
 
-def sum_over_ranks(x: Tensor, sizes: Tensor | None, group_names: Sequence[str]) -> Tensor:
+def sum_over_ranks(x: Tensor, sizes: Tensor | None, group_names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
     """Sum of x [] over the ranks, added up in their order everywhere; to each rank its own part's gradient comes back.
 
-    `sizes` is what the ranks agreed on, before which nothing travels.
+    `sizes` is what the ranks agreed on, before which nothing travels. It comes back for what travels next, so that a
+    compiler keeps the order, and keeps a sum that one rank has no use for.
     """
     for group_name in group_names:
-        x = _SumOverRanks.apply(x, sizes, group_name)
-    return x
+        x, after = _SumOverRanks.apply(x, sizes, group_name)
+        sizes = None if sizes is None else after
+    return x, sizes
 
 
 def device_for(group, tensors: list) -> torch.device:

@@ -101,6 +101,13 @@ def test_averages_with_fsdp2_s_own_shard_are_warned_of(ranks):
             assert [("set_gradient_divide_factor(1.0)" in text) for text in texts] == [True] * (not summed)
 
 
+def test_a_weight_from_full_tensor_is_warned_of(ranks):
+    """Its gradient would be that of this rank's rows alone."""
+    for texts in ranks.run(training.warnings_of_fsdp, 2, "read_full_tensor"):
+        assert texts and all("full_tensor(), which takes its gradient for the same on all ranks" in t for t in texts)
+    assert ranks.run(training.warnings_of_fsdp, 2, "call_head") == [[], []]
+
+
 @pytest.mark.parametrize("own", [False, True])
 @ANY_LOSS
 def test_hybrid_shards(ranks, name, own):

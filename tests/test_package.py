@@ -18,7 +18,7 @@ ALLOWED = {
     "distributed": {"checks", "functional", "options", "ranks", "shards"},
     "modules": {"functional", "options", "ranks", "stats"},
     "functional": {
-        "autograd", "checks", "context", "dtensors", "head", "linear", "options", "ranks", "reference", "stats",
+        "autograd", "checks", "context", "dtensors", "fsdp", "head", "linear", "options", "ranks", "reference", "stats",
         "torch_ops",
     },
     "dtensors": {"fsdp", "options"},

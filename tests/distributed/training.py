@@ -239,9 +239,17 @@ def own_shard(here, name, summed=True):
 
 
 def warnings_of_own_shard(here, summed):
+    return _warnings(own_shard, here, "truncated", summed)
+
+
+def warnings_of_fsdp(here, way):
+    return _warnings(fsdp, here, "truncated", way=way)
+
+
+def _warnings(case, *arguments, **how):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        own_shard(here, "truncated", summed)
+        case(*arguments, **how)
     return [str(warning.message) for warning in caught if "linear_weight" in str(warning.message)]
 
 
