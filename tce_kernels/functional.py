@@ -243,7 +243,8 @@ def _public(loss: Callable, options_type: type, rule_type: type) -> Callable:
         @functools.wraps(signature)
         def public(*arguments, **keywords):
             group = keywords.get("group")
-            given_tensors, options = all_or_none(group, arguments, loss is linear_loss, opened, arguments, keywords)
+            values = () if group is None else (*arguments, *keywords.values())
+            given_tensors, options = all_or_none(group, values, loss is linear_loss, opened, arguments, keywords)
             return loss(*given_tensors, options)
 
         return public

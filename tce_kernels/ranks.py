@@ -152,9 +152,9 @@ def sum_over_ranks(x: Tensor, sizes: Tensor | None, group_names: Sequence[str]) 
 
 
 def device_for(group, tensors: list) -> torch.device:
-    """A device that the group has a backend for: that of the first tensor, if it can be."""
+    """A device that the group has a backend for: that of the tensors, if it can be; not the CPU if one is elsewhere."""
     devices = [tensor.device for tensor in tensors if isinstance(tensor, Tensor)]
-    for device in [*devices, torch.device("cpu")]:
+    for device in [*sorted(devices, key=lambda device: device.type == "cpu"), torch.device("cpu")]:
         if device.type in {device.type for device in group._device_types}:
             return device
     return torch.device("cuda", torch.cuda.current_device())
