@@ -108,7 +108,7 @@ def _check_linear_loss(input, linear_weight, linear_bias, target, options, backe
             "pass the group, or FSDP2's own shard, which stays one if the head is a unit of its own (fully_shard(head))"
         )
     checks.check_head(input, linear_weight, linear_bias, backend, are_shards)
-    if linear_weight.grad_fn is not None and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and linear_weight.grad_fn is not None:
         warn_of_full_tensor(linear_weight)
     checks.check_rows(target, options, "input", input, None if are_shards else len(linear_weight))
     if are_shards:
