@@ -692,7 +692,7 @@ def test_what_one_shard_holds_stays_in_its_row(dtype, options, device, small_blo
     logits[0, :64], logits[1, 64:134], logits[2] = -math.inf, -math.inf, -math.inf
     logits[3, 140], logits[4, 134:] = math.nan, math.nan
     logits[5, 2], logits[6, 65] = math.inf, math.inf
-    args = logits[None], target, torch.ones(9, device=device), FORM._replace(**options)
+    args = logits[None], target, torch.ones(10, device=device), FORM._replace(**options)
     found = over_ranks(*args, widths)
     assert_same_over_ranks(found, in_one_process(*args))
     assert found[0][2 if "softcap" not in options else 3 : 5].isnan().all()
