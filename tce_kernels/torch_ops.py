@@ -262,8 +262,7 @@ def loss_and_kept_dlogits(logits, target, row_scale, param, form, count=None):
         loss, rows = _losses(x, x, target, row_scale, param, form)
     else:
         loss, rows = row_loss(logits, target, row_scale, param, form)
-    is_kept = rows[COEF] != 0
-    kept = pack(x, is_kept, int(is_kept.sum()))
+    kept = _pack(x, (rows[COEF] != 0).nonzero().squeeze(1))
     packed, of_kept = x[: len(kept)], (target[kept], row_scale[kept], rows[:, kept])
     if in_place:
         _write_gradient(packed, None, packed, None, *of_kept, form)
@@ -274,7 +273,12 @@ def loss_and_kept_dlogits(logits, target, row_scale, param, form, count=None):
 
 def pack(x, is_kept, K):
     """Move the K rows of x [n, V] that are kept, bool [n], into its first K; returns which row each of those was."""
-    kept = is_kept.nonzero().squeeze(1)
+    return _pack(x, is_kept.nonzero().squeeze(1))
+
+
+def _pack(x, kept):
+    """The same of rows kept [K] by number."""
+    K = len(kept)
     n_staying = int((kept < K).sum())
     taken = torch.zeros(K, dtype=torch.bool, device=x.device).index_fill_(0, kept[:n_staying], True)
     order, gaps = torch.arange(K, device=x.device), taken.logical_not().nonzero().squeeze(1)
