@@ -21,6 +21,8 @@ class LossStats(NamedTuple):
         kept: bool, the rows that have a gradient: not truncated, not ignored, not of zero weight.
         correct: bool, the target's logit is the largest of its row; False for ignored rows.
         valid: bool, the rows that are not ignored.
+        entropy: of the predicted distribution, in nats, dtype as log_prob; 0 for ignored rows. None unless asked for by
+            return_stats="entropy".
     0-d int64:
         n_valid, n_kept: how many rows are valid, and kept.
     0-d float32:
@@ -37,6 +39,7 @@ class LossStats(NamedTuple):
     n_valid: Tensor
     n_kept: Tensor
     class_fraction: Tensor
+    entropy: Tensor | None = None
 
     # Shares are in the dtype of log_prob: a quotient of integers would have the default one, whatever that is.
 

@@ -46,9 +46,9 @@ class Observed:
         counted = stats.valid & stats.log_prob.isfinite()
         log_prob = stats.log_prob.where(counted, 0.0)
         p = log_prob.exp().where(counted, 0.0)
-        has_entropy = torch.zeros_like(p) if stats.entropy is None else torch.ones_like(p)
-        entropy = torch.zeros_like(p) if stats.entropy is None else stats.entropy.where(counted, 0.0)
-        fields = counted, counted & ~stats.kept, counted & stats.correct, p, p * p, -log_prob, entropy, has_entropy
+        nothing = torch.zeros_like(p)
+        of_entropy = (nothing, nothing) if stats.entropy is None else (stats.entropy.where(counted, 0.0), counted)
+        fields = counted, counted & ~stats.kept, counted & stats.correct, p, p * p, -log_prob, *of_entropy
         bins = (p * N_BINS).floor().clamp(max=N_BINS - 1).where(counted, -1.0)
         in_bin = bins.reshape(-1, 1) == torch.arange(N_BINS, device=bins.device)
         dtype = torch.float32 if p.device.type == "mps" else torch.float64  # which has nothing wider
