@@ -1,1 +1,1 @@
-"""The losses in other people's training code. Each module needs the framework that it is named after; this one nothing."""
+"""The losses in other people's training code. Each module needs the framework that it is named after."""

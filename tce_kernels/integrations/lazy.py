@@ -1,0 +1,325 @@
+"""Logits that are not multiplied out until somebody reads them.
+
+To everybody `LazyLogits` are a tensor: they have a shape, a dtype and gradients, and whoever asks for their values gets
+them. What models do between head and loss (slices, views, casts, factors, a tanh softcap) is written down, so that a
+loss can take hidden states, weight, scale and softcap instead.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils import _pytree
+
+REMEDY = "read the logits before, or have them made at once: truncate(model, lazy_logits=False)"
+CHANGED = f"the weight of the lm-head, or its input, has changed since the call (by an optimizer?): {REMEDY}"
+TAKEN_AWAY = f"the weight of the lm-head has been taken out of memory since the call: {REMEDY}"
+NO_GRADIENT = "the loss has no gradient with respect to lazy logits: pass truncate(model, lazy_logits=False)"
+
+
+class Product:
+    """hidden weight^T + bias of one call of a head, not multiplied."""
+
+    def __init__(self, head: "LazyHead", hidden: Tensor):
+        self.head, self.tensors = head, (hidden, head.weight, head.bias)
+        # What logits are made of: gradients that end here have not gone on to an embedding that is tied to the weight.
+        self.aliases = tuple(None if tensor is None else tensor.view_as(tensor) for tensor in self.tensors)
+        kind = hidden.device.type
+        self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.calls = head.loss.calls  # of the loss, before this one
+        self.is_used = False  # by a loss
+        self._versions, self._shard_version = self._now(), None
+
+    def _now(self) -> list[int]:
+        return [tensor._version for tensor in self.tensors if tensor is not None and not tensor.is_inference()]
+
+    @contextlib.contextmanager
+    def at_hand(self) -> Iterator[None]:
+        """Autocast as it was, and the weight whole: FSDP2 takes it away where the head is a unit of its own."""
+        hidden, weight, _ = self.tensors
+        is_away = not weight.is_meta and weight.numel() > 0 and weight.untyped_storage().size() == 0
+        if is_away:
+            if not hasattr(self.head, "unshard"):
+                raise RuntimeError(TAKEN_AWAY)
+            now = self.head.weight._version  # of the shard
+            self._shard_version = now if self._shard_version is None else self._shard_version
+            if now != self._shard_version:
+                raise RuntimeError(CHANGED)
+            self.head.unshard()
+        if self._now() != self._versions:
+            raise RuntimeError(CHANGED)
+        try:
+            with torch.autocast(hidden.device.type, self.autocast, enabled=self.autocast is not None):
+                yield
+        finally:
+            if is_away:
+                self.head.reshard()
+
+
+class Recipe:
+    """How logits follow from a product: of which rows, and by which steps.
+
+    scale, softcap: what the steps amount to, softcap tanh(scale x / softcap).
+    base, view: of views, which share the memory of their base once it has some.
+    """
+
+    def __init__(
+        self, product, hidden, dtype, steps=(), scale=1.0, softcap=None, base=None, view=None, is_detached=False
+    ):
+        self.product, self.hidden, self.dtype, self.steps = product, hidden, dtype, steps
+        self.scale, self.softcap, self.base, self.view = scale, softcap, base, view
+        self.is_detached = is_detached or not torch.is_grad_enabled()
+        self.requires_grad = not self.is_detached and any(t is not None and t.requires_grad for t in product.tensors)
+        self.made: Tensor | None = None
+        self._is_alias = False
+
+    def but(self, **changes) -> "Recipe":
+        """The same with changes, in memory of its own."""
+        names = "product", "hidden", "dtype", "steps", "scale", "softcap", "is_detached"
+        return Recipe(**{name: getattr(self, name) for name in names} | changes)
+
+    @property
+    def is_made(self) -> bool:
+        return self.made is not None or self.base is not None and self.base.is_made
+
+    def make(self, to_write: bool = False) -> Tensor:
+        """The logits, which stay: what is written to them is there for the next reader."""
+        if self.base is not None and (to_write or self.base.is_made):
+            if not self._is_alias:
+                with torch.set_grad_enabled(self.requires_grad):
+                    self.made, self._is_alias = self.view(self.base.make(to_write)), True
+        elif self.made is None:
+            self.made = self.compute()
+        return self.made
+
+    def read(self) -> Tensor:
+        """The logits, which do not stay if they were not there."""
+        if self.base is not None and self.base.is_made and not self._is_alias:
+            return self.view(self.base.read())
+        return self.compute() if self.made is None else self.made
+
+    def compute(self) -> Tensor:
+        """What PyTorch would have made, by the same steps and with the same graph."""
+        _, weight, bias = self.product.aliases
+        is_inference = self.hidden.is_inference()
+        with self.product.at_hand(), torch.inference_mode(is_inference), torch.set_grad_enabled(self.requires_grad):
+            return functools.reduce(lambda logits, step: step(logits), self.steps, F.linear(self.hidden, weight, bias))
+
+
+class _Connected(torch.autograd.Function):
+    """Gradients for readers that autograd sees and `__torch_function__` does not."""
+
+    @staticmethod
+    def forward(ctx, recipe, hidden, weight, bias):
+        ctx.recipe = recipe
+        return LazyLogits(recipe)
+
+    @staticmethod
+    def backward(ctx, grad_logits):
+        needs = ctx.needs_input_grad[1:]
+        logits = ctx.recipe.read()
+        wanted = [alias for alias, need in zip(ctx.recipe.product.aliases, needs, strict=True) if need]
+        with ctx.recipe.product.at_hand():
+            is_differentiated = torch.is_grad_enabled()
+            grads = torch.autograd.grad(logits, wanted, grad_logits, retain_graph=True, create_graph=is_differentiated)
+        grads = iter(grads)
+        return None, *(next(grads) if need else None for need in needs)
+
+
+class LazyLogits(Tensor):
+    """Logits (..., V) whose values are made when somebody reads them."""
+
+    recipe: Recipe
+
+    @staticmethod
+    def __new__(cls, recipe):
+        sizes = (*recipe.hidden.shape[:-1], len(recipe.product.tensors[1]))
+        return Tensor._make_wrapper_subclass(cls, sizes, dtype=recipe.dtype, device=recipe.hidden.device)
+
+    def __init__(self, recipe):
+        self.recipe = recipe
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "LazyLogits":
+        return _Connected.apply(recipe, *recipe.product.tensors) if recipe.requires_grad else cls(recipe)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], cls) and not args[0].recipe.is_made:
+            of_frameworks = func is Tensor.register_hook and str(args[1].__module__).startswith("torch.")
+            if func in _QUESTIONS or of_frameworks:
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args, **kwargs)
+            if func in (Tensor.register_hook, Tensor.retain_grad) and args[0].recipe.product.is_used:
+                raise RuntimeError(NO_GRADIENT)
+            changed = _WRITTEN_DOWN.get(func, _not_written_down)(args[0].recipe, func, *args[1:], **kwargs)
+            if changed is not None:
+                return args[0] if changed is args[0].recipe else cls.of(changed)
+        name = getattr(func, "__name__", str(func))
+        to_write = name in _WRITES or name.endswith("_") and not name.endswith("__") or "out" in kwargs
+
+        def made(logits):
+            if not logits.recipe.is_made:
+                logits.recipe.product.head.loss.logits_made(logits.recipe, name)
+            return logits.recipe.make(to_write)
+
+        args, kwargs = _pytree.tree_map_only(cls, made, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        """Of readers below `__torch_function__`. Autograd has recorded the call; what is made here has no graph."""
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return cls(_detached(args[0].recipe, torch.detach))
+        if func._schema.is_mutable and any(isinstance(arg, cls) for arg in args):
+            raise RuntimeError(f"{func} must not write to lazy logits: pass logits.clone()")
+        args, kwargs = _pytree.tree_map_only(cls, lambda logits: logits.recipe.read(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class LazyHead(nn.Linear):
+    """An nn.Linear that leaves its product to whoever reads it; a module becomes one by its `__class__`.
+
+    So no parameter, buffer, hook or name changes, and copies use their own weight.
+    """
+
+    loss = None  # told of logits that are made; without it nothing is lazy
+
+    def forward(self, input: Tensor) -> Tensor:
+        is_one_row = not torch.is_grad_enabled() and input.dim() > 2 and input.shape[-2] == 1  # as in generation
+        if self.loss is None or is_one_row or not _is_plain(input, self.weight, self.bias):
+            return super().forward(input)
+        product = Product(self, input)
+        return LazyLogits.of(Recipe(product, product.aliases[0], product.autocast or input.dtype))
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Not what compilers and transforms follow, DTensors, quantised weights, what DeepSpeed's ZeRO-3 takes away."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    return all(
+        tensor is None
+        or type(tensor) in (Tensor, nn.Parameter)
+        and not hasattr(tensor, "ds_id")
+        and forward_ad.unpack_dual(tensor).tangent is None
+        for tensor in tensors
+    )
+
+
+# What is written down, f(recipe, func, *other arguments) -> another recipe, or None where only values would do.
+
+
+def _not_written_down(recipe, func, *args, **kwargs):
+    return None
+
+
+def _call(func, args, kwargs, logits):
+    return func(logits, *args, **kwargs)
+
+
+def _viewed(recipe, func, *args, **kwargs):
+    hidden, n_classes = recipe.hidden, len(recipe.product.tensors[1])
+    if func is Tensor.__getitem__ and type(args[0]) is Tensor:
+        return _selected(recipe, *args)
+    if any(isinstance(arg, (Tensor, torch.dtype)) for arg in _pytree.tree_leaves((args, kwargs))) or n_classes < 2:
+        return None
+    classes = torch.empty((*hidden.shape[:-1], 1), device="meta").expand(*hidden.shape[:-1], n_classes)
+    seen = func(classes, *args, **kwargs)
+    if seen.dim() == 0 or seen.shape[-1] != n_classes or seen.stride(-1) != 0:  # not what was the classes
+        return None
+    of_hidden, of_args = func, args
+    if func in (Tensor.view, Tensor.reshape, torch.reshape):
+        of_hidden, of_args = Tensor.reshape, (*seen.shape[:-1], hidden.shape[-1])
+    hidden = of_hidden(hidden, *of_args, **kwargs)
+    return recipe.but(hidden=hidden, base=recipe, view=functools.partial(_call, func, args, kwargs))
+
+
+def _selected(recipe, index):
+    """Rows picked by a mask or by numbers."""
+    n_row_dims = index.dim() if index.dtype == torch.bool else 1
+    if index.dtype == torch.uint8 or not 0 < n_row_dims < recipe.hidden.dim():
+        return None
+    return recipe.but(hidden=recipe.hidden[index])
+
+
+def _scaled(recipe, func, number, **kwargs):
+    if kwargs or not isinstance(number, (int, float)) or isinstance(number, bool) or not 0 < number < math.inf:
+        return None
+    factor = 1 / number if func in _DIVISIONS else number
+    softcap = None if recipe.softcap is None else recipe.softcap * factor
+    step = functools.partial(_call, func, (number,), {})
+    return recipe.but(scale=recipe.scale * factor, softcap=softcap, steps=(*recipe.steps, step))
+
+
+def _capped(recipe, func):
+    return recipe.but(softcap=1.0, steps=(*recipe.steps, func)) if recipe.softcap is None else None
+
+
+def _cast(recipe, func, *args, **kwargs):
+    given = [*args, *kwargs.values(), _CASTS.get(func)]
+    dtype = next((value for value in given if isinstance(value, torch.dtype)), recipe.dtype)
+    devices = {torch.device(value) for value in given if isinstance(value, (str, torch.device))}
+    if (
+        not dtype.is_floating_point
+        or devices - {recipe.hidden.device}
+        or any(isinstance(value, Tensor) for value in given)
+    ):
+        return None
+    if dtype == recipe.dtype and True not in given:  # nor a copy
+        return recipe
+    return recipe.but(dtype=dtype, steps=(*recipe.steps, functools.partial(_call, func, args, kwargs)))
+
+
+def _copied(recipe, func, **kwargs):
+    return recipe if func is Tensor.contiguous and recipe.base is None else recipe.but()
+
+
+def _detached(recipe, func):
+    return recipe.but(is_detached=True, base=recipe, view=func)
+
+
+_DIVISIONS = {
+    Tensor.div,
+    Tensor.divide,
+    Tensor.true_divide,
+    Tensor.__truediv__,
+    torch.div,
+    torch.divide,
+    torch.true_divide,
+}
+_CASTS = {
+    Tensor.float: torch.float32, Tensor.double: torch.float64, Tensor.half: torch.float16,
+    Tensor.bfloat16: torch.bfloat16, Tensor.to: None,
+}  # fmt: skip
+_WRITTEN_DOWN = {
+    func: written_down
+    for written_down, funcs in {
+        _scaled: {*_DIVISIONS, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul},
+        _capped: {Tensor.tanh, torch.tanh, F.tanh},
+        _cast: set(_CASTS),
+        _copied: {Tensor.clone, torch.clone, Tensor.contiguous},
+        _detached: {Tensor.detach, torch.detach},
+        _viewed: {
+            Tensor.__getitem__, Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten,
+            Tensor.squeeze, torch.squeeze, Tensor.unsqueeze, torch.unsqueeze, Tensor.narrow, torch.narrow,
+        },
+    }.items()
+    for func in funcs
+}  # fmt: skip
+_WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__", "__set__"}
+_OF_VALUES = {"T", "mT", "H", "mH", "real", "imag", "data", "__cuda_array_interface__"}
+_QUESTIONS = {  # about the tensor, not about its values
+    attribute.__get__
+    for name in set(dir(Tensor)) - _OF_VALUES
+    if type(attribute := getattr(Tensor, name)).__name__ in ("getset_descriptor", "property")
+} | {
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.stride, Tensor.is_contiguous,
+    Tensor.get_device, Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex, torch.is_complex,
+    Tensor.ndimension, torch.numel, Tensor.__len__, Tensor.__hash__, Tensor.is_inference, torch.is_inference,
+}  # fmt: skip
