@@ -43,6 +43,7 @@ ALLOWED = {
     "context": set(),
     "layout": set(),
     "stats": set(),
+    "integrations.schedules": {"integrations.observed"},
 }  # fmt: skip
 
 
