@@ -43,7 +43,7 @@ class CausalLMLoss:
     Attributes:
         threshold: 0-d float32 tensor, on the device of the logits from the first call on; to be changed by `fill_`.
         observed: {"train": Observed, "eval": Observed}, of calls with gradients enabled and without.
-        calls: how often it has been called.
+        calls: how often it has been called, not from compiled code; the statistics count those too.
         fused: whether the last call did without logits in memory.
     """
 
@@ -116,7 +116,8 @@ class CausalLMLoss:
             recipe.product.is_used = recipe.requires_grad
             with recipe.product.at_hand(), torch.set_grad_enabled(recipe.requires_grad):
                 loss, stats = of_hidden(recipe.hidden.reshape(-1, recipe.hidden.shape[-1]), weight, target, **options)
-        self.calls += 1
+        if not torch.compiler.is_compiling():  # which would compile each number anew
+            self.calls += 1
         self.fused = recipe is not None
         self.observed["train" if torch.is_grad_enabled() else "eval"].add(stats)
         return loss

@@ -30,7 +30,10 @@ class Product:
         # What logits are made of: gradients that end here have not gone on to an embedding that is tied to the weight.
         self.aliases = tuple(None if tensor is None else tensor.view_as(tensor) for tensor in self.tensors)
         kind = hidden.device.type
-        self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        can_cast = torch.amp.is_autocast_available(kind)  # not so on "meta"
+        self.autocast = torch.get_autocast_dtype(kind) if can_cast and torch.is_autocast_enabled(kind) else None
+        self._casting = functools.partial(torch.autocast, kind, self.autocast, enabled=self.autocast is not None)
+        self._casting = self._casting if can_cast else contextlib.nullcontext
         self.calls = head.loss.calls  # of the loss, before this one
         self.is_used = False  # by a loss
         self._versions, self._shard_version = self._now(), None
@@ -41,7 +44,7 @@ class Product:
     @contextlib.contextmanager
     def at_hand(self) -> Iterator[None]:
         """Autocast as it was, and the weight whole: FSDP2 takes it away where the head is a unit of its own."""
-        hidden, weight, _ = self.tensors
+        _, weight, _ = self.tensors
         is_away = not weight.is_meta and weight.numel() > 0 and weight.untyped_storage().size() == 0
         if is_away:
             if not hasattr(self.head, "unshard"):
@@ -54,7 +57,7 @@ class Product:
         if self._now() != self._versions:
             raise RuntimeError(CHANGED)
         try:
-            with torch.autocast(hidden.device.type, self.autocast, enabled=self.autocast is not None):
+            with self._casting():
                 yield
         finally:
             if is_away:

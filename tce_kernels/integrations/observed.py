@@ -8,6 +8,7 @@ import torch.distributed as dist
 from tce_kernels import LossStats
 
 N_BINS = 20
+N_SUMS = 9 + N_BINS
 
 
 class Statistics(NamedTuple):
@@ -18,7 +19,8 @@ class Statistics(NamedTuple):
     cross_entropy: mean of -log p, truncated tokens included, in nats.
     histogram: how many tokens have a confidence in each of 20 equal bins of [0, 1].
     entropy: mean entropy of the predicted distribution, in nats; None unless the loss was asked for it.
-    All are 0 where there are no tokens.
+    n_calls: how many calls of the loss they are from.
+    All are 0 where there are no tokens, but n_calls, and entropy, which is None.
     """
 
     n_tokens: int
@@ -29,6 +31,7 @@ class Statistics(NamedTuple):
     cross_entropy: float
     histogram: tuple[int, ...]
     entropy: float | None = None
+    n_calls: int = 0
 
 
 class Observed:
@@ -53,11 +56,11 @@ class Observed:
         in_bin = bins.reshape(-1, 1) == torch.arange(N_BINS, device=bins.device)
         dtype = torch.float32 if p.device.type == "mps" else torch.float64  # which has nothing wider
         sums = [torch.stack([field.to(dtype).reshape(-1) for field in fields]).sum(1), in_bin.sum(0).to(dtype)]
-        if self.sums is None:
-            with torch.inference_mode(False):  # or it could not be written to outside of it
-                self.sums = torch.zeros(len(fields) + N_BINS, dtype=dtype, device=p.device)
-        self.sums = self.sums.to(p.device, dtype)
-        self.sums += torch.cat(sums)
+        one = torch.ones(1, dtype=dtype, device=p.device)
+        with torch.inference_mode(False):  # or they could not be added to outside of it
+            nothing = torch.zeros(N_SUMS, dtype=dtype, device=p.device)
+            self.sums = nothing if self.sums is None else self.sums.to(p.device)
+        self.sums += torch.cat([one, *sums])
 
     def since(self, mark: str, reduce: bool = False) -> Statistics:
         """The tokens since the last call with the same mark, or all if there was none; waits for the device.
@@ -68,14 +71,14 @@ class Observed:
         sums = self.sums
         if sums is None:  # other ranks may have some
             device = "cuda" if several and "nccl" in dist.get_backend() else "cpu"
-            sums = torch.zeros(8 + N_BINS, dtype=torch.float64, device=device)
+            sums = torch.zeros(N_SUMS, dtype=torch.float64, device=device)
         new = sums - self.marks[mark].to(sums) if mark in self.marks else sums.clone()
         self.marks[mark] = sums.clone()
         if several:
             dist.all_reduce(new)
-        n, truncated, correct, p, p_squared, cross_entropy, entropy, n_entropy, *histogram = new.tolist()
+        n_calls, n, truncated, correct, p, p_squared, cross_entropy, entropy, n_entropy, *histogram = new.tolist()
         if not n:
-            return Statistics(0, 0.0, 0.0, 0.0, 0.0, 0.0, (0,) * N_BINS, 0.0 if n_entropy else None)
+            return Statistics(0, 0.0, 0.0, 0.0, 0.0, 0.0, (0,) * N_BINS, n_calls=int(n_calls))
         mean = p / n
         return Statistics(
             n_tokens=int(n),
@@ -86,4 +89,5 @@ class Observed:
             cross_entropy=cross_entropy / n,
             histogram=tuple(map(int, histogram)),
             entropy=entropy / n_entropy if n_entropy else None,
+            n_calls=int(n_calls),
         )
