@@ -211,6 +211,7 @@ def _eager(model: nn.Module) -> None:
             module.loss = None
             if type(module) is LazyHead:  # not so if FSDP2 has made another class of it
                 module.__class__ = nn.Linear
+                del module.loss
 
 
 def _inner(model) -> PreTrainedModel:

@@ -76,10 +76,10 @@ class quantile:
 class mean_plus_std:
     """Mean of the observed confidence plus `k` of its standard deviations, of tokens.
 
-    The paper's code has a threshold like it: at the start of each epoch, the mean of the first batches' mean confidences
-    plus k deviations of those means. They vary far less than tokens do, so its k is not this one. An older version of
-    it put the threshold where the densities of two fitted Gaussians meet, with a wrong sign under the root. Here is one
-    mean and one deviation, so there is no such root.
+    The paper's code has a threshold like it: at the start of each epoch, the mean of the first batches' mean
+    confidences plus k deviations of those means. They vary far less than tokens do, so its k is not this one. An older
+    version put it where the densities of two fitted Gaussians meet, with a wrong sign under the root. Here is
+    one mean and one deviation, so there is no such root.
 
     Args:
         k: any finite number.

@@ -1,0 +1,367 @@
+"""Lazy logits are the logits to whoever looks at them: values, gradients, aliasing, at any level of PyTorch."""
+
+import copy
+import io
+import itertools
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tce_kernels.integrations.lazy import LazyHead, LazyLogits, Recipe
+
+B, T, D, V = 2, 5, 4, 7
+
+
+class Loss:
+    """What a head tells of logits that are made."""
+
+    def __init__(self):
+        self.calls, self.made_by = 0, []
+
+    def logits_made(self, recipe, by):
+        self.made_by.append(by)
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    compute, seen = Recipe.compute, []
+    monkeypatch.setattr(Recipe, "compute", lambda recipe: seen.append(recipe) or compute(recipe))
+    return seen
+
+
+class Tied(nn.Module):
+    """A head whose weight is upstream as well, as with tied embeddings."""
+
+    def __init__(self, bias=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(D, V, bias=bias)
+
+    def forward(self, tokens):
+        return self.head(torch.tanh(self.head.weight[tokens]))
+
+
+def stock_and_lazy(bias=True):
+    stock = Tied(bias).double()
+    lazy = copy.deepcopy(stock)
+    lazy.head.__class__, lazy.head.loss = LazyHead, Loss()
+    return stock, lazy
+
+
+TOKENS = torch.tensor([[0, 3, 6, 2, 1], [5, 5, 0, 4, 6]])
+MASK = TOKENS > 2
+
+
+def compared(f, **how):
+    """f of the logits and its gradients, against the stock head's; how often logits were made."""
+    found = []
+    for model in stock_and_lazy(**how):
+        value = f(model(TOKENS))
+        (value * torch.linspace(0.5, 2, value.numel(), dtype=value.dtype).view(value.shape)).sum().backward()
+        found.append([value.detach() + 0, *(parameter.grad for parameter in model.parameters())])
+    for want, got in zip(*found, strict=True):
+        assert want.dtype == got.dtype and want.shape == got.shape
+        torch.testing.assert_close(got, want)
+
+
+class Square(torch.autograd.Function):
+    """A reader that autograd sees, and `__torch_function__` does not."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        ctx.save_for_backward(logits)
+        return logits * logits
+
+    @staticmethod
+    def backward(ctx, grad):
+        (logits,) = ctx.saved_tensors
+        return 2 * grad * logits
+
+
+WRITTEN_DOWN = {
+    "itself": lambda z: z,
+    "a slice": lambda z: z[:, :-1],
+    "a step": lambda z: z[:, ::2],
+    "one": lambda z: z[:, -1],
+    "one of each": lambda z: z[0, 2],
+    "the dots": lambda z: z[..., 1:, :],
+    "the dots first": lambda z: z[..., :],
+    "a new dimension": lambda z: z[:, None, 1:],
+    "a mask": lambda z: z[MASK],
+    "numbers": lambda z: z[torch.tensor([1, 1, 0])],
+    "view": lambda z: z.view(-1, V),
+    "view without classes": lambda z: z.view(B * T, -1),
+    "reshape": lambda z: z[:, 1:].reshape(-1, V),
+    "reshape of a tuple": lambda z: torch.reshape(z, (T, B, V)),
+    "flatten": lambda z: z.flatten(0, 1),
+    "flatten from the end": lambda z: z.flatten(end_dim=-2),
+    "unsqueeze": lambda z: z.unsqueeze(0).squeeze(0),
+    "contiguous": lambda z: z[:, 1:].contiguous().view(-1, V),
+    "float": lambda z: z.float(),
+    "to": lambda z: z.to(torch.bfloat16).to(dtype=torch.float32, copy=True),
+    "to the device": lambda z: z.to("cpu"),
+    "a factor": lambda z: 2.5 * z * 3,
+    "a divisor": lambda z: torch.div(z / 2, 3),
+    "a softcap": lambda z: torch.tanh(z / 3.0) * 3.0,
+    "a scaled softcap": lambda z: 2 * (3 * (z * 0.5).tanh()),
+    "all": lambda z: ((z[:, 1:].contiguous().float() / 4).tanh() * 5).view(-1, V)[2:],
+}
+MADE = {
+    "some classes": lambda z: z[..., :3],
+    "one class": lambda z: z[:, :, 2],
+    "classes by number": lambda z: z[..., torch.tensor([0, 6])],
+    "a mask and classes": lambda z: z[MASK, 1:3],
+    "a mask of all": lambda z: z[z > 0],
+    "rows and classes": lambda z: z[torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([4, 5])],
+    "a list": lambda z: z[[1, 0]],
+    "the last dimension": lambda z: z[..., None],
+    "a view across": lambda z: z.view(B, T * V),
+    "flatten all": lambda z: z.flatten(),
+    "transpose": lambda z: z.transpose(1, 2),
+    "T": lambda z: z[0].T,
+    "a negative factor": lambda z: z * -2,
+    "a factor of tensors": lambda z: z * torch.tensor(2.0, dtype=z.dtype),
+    "bits": lambda z: z.to(torch.int64).to(z.dtype) + z,
+    "softmax": lambda z: z.softmax(-1),
+    "cross-entropy": lambda z: F.cross_entropy(z.flatten(0, 1), TOKENS.flatten()),
+    "concatenation": lambda z: torch.cat([z[:, 1:], z[:, :1]], 1),
+    "two caps": lambda z: (z.tanh() * 2).tanh(),
+    "an einsum": lambda z: torch.einsum("btv,btw->bvw", z, z),
+    "where": lambda z: torch.where(z > 0, z, 0.0),
+    "gather": lambda z: z.gather(-1, TOKENS[..., None]),
+    "a function": Square.apply,
+    "a function of a part": lambda z: Square.apply(z[:, 1:]),
+    "a function of a softcap": lambda z: Square.apply((z / 3).tanh() * 3),
+    "a function and values": lambda z: Square.apply(z) + z,
+    "an operator": lambda z: torch.ops.aten.mul.Tensor(z, z),
+    "maximum": lambda z: z.max(-1).values,
+    "iteration": lambda z: torch.stack([row.sum() for row in z]),
+    "data": lambda z: z.data + z,
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", WRITTEN_DOWN)
+def test_what_models_do_is_written_down(name, bias, computed):
+    f = WRITTEN_DOWN[name]
+    _, model = stock_and_lazy(bias)
+    logits = f(model(TOKENS))
+    assert isinstance(logits, LazyLogits) and not computed
+    assert logits.requires_grad and logits.shape == f(model(TOKENS)).sin().shape
+    compared(f, bias=bias)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_everything_else_gets_the_values(name):
+    compared(MADE[name])
+
+
+@pytest.mark.parametrize("names", itertools.permutations(["a slice", "float", "a softcap", "view", "a factor"], 3))
+def test_steps_in_any_order(names):
+    def f(z):
+        for name in names:
+            z = WRITTEN_DOWN[name](z.contiguous())
+        return z
+
+    compared(f)
+
+
+def test_scale_and_softcap_are_what_the_steps_amount_to():
+    _, model = stock_and_lazy()
+    z = model(TOKENS)
+    recipe = (3 * ((z / 4) * 0.5).tanh() * 2).recipe
+    x = z.sin().asin() + z * 0  # the values
+    scaled = recipe.scale * z.detach().clone()
+    assert recipe.softcap == 6.0 and x.shape == scaled.shape
+    torch.testing.assert_close(6.0 * torch.tanh(scaled / 6.0), recipe.make())
+
+
+WRITES = {
+    "an item": lambda z: z.__setitem__((..., 2), 0.0),
+    "a view": lambda z: z[:, 1:].mul_(3.0),
+    "a view of a view": lambda z: z.view(-1, V)[2:4].fill_(1.0),
+    "a detached one": lambda z: z.detach()[0].zero_(),
+    "in place": lambda z: z.__imul__(2.0),
+    "a mask": lambda z: z.masked_fill_(z > 0, 0.0),
+    "out": lambda z: torch.mul(z.detach(), 2.0, out=z.detach()),
+}
+
+
+@pytest.mark.parametrize("reader", [lambda z: z.softmax(-1), Square.apply, lambda z: z[:, :3].float(), lambda z: z])
+@pytest.mark.parametrize("name", WRITES)
+def test_what_is_written_is_there(name, reader):
+    def f(z):
+        WRITES[name](z)
+        return reader(z)
+
+    compared(f)
+
+
+def test_what_is_written_to_a_copy_is_not():
+    def f(z):
+        z.clone().zero_()
+        z[MASK].zero_()
+        z.float().zero_()
+        return z * 1
+
+    compared(f)
+
+
+def test_views_see_what_their_base_becomes():
+    def f(z):
+        part = z[:, 1:]
+        before = part.exp()  # made by itself
+        z.mul_(2.0)
+        return before + part
+
+    compared(f)
+
+
+def test_an_operator_that_writes_below_is_refused():
+    _, model = stock_and_lazy()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="must not write to lazy logits: pass logits.clone"):
+        with torch._C.DisableTorchFunctionSubclass():
+            model(TOKENS).fill_(0.0)
+
+
+def test_looking_without_gradients_does_not_lose_them():
+    def f(z):
+        with torch.no_grad():
+            z.argmax(-1)
+        with torch.inference_mode():
+            z.argmax(-1)
+        return z.exp()
+
+    compared(f)
+
+
+def test_no_gradients_where_there_are_none(computed):
+    _, model = stock_and_lazy()
+    with torch.no_grad():
+        z = model(TOKENS)
+    assert not z.requires_grad and z.grad_fn is None and not (z + 0).requires_grad
+    z = model(TOKENS)
+    assert not z.detach().requires_grad and z.requires_grad
+    model.requires_grad_(False)
+    assert not model(TOKENS).requires_grad
+
+
+def test_they_are_made_once(computed):
+    _, model = stock_and_lazy()
+    z = model(TOKENS)
+    z.exp(), z.sin(), z[:, 1:].exp(), z.argmax(-1)
+    assert len(computed) == 1
+    assert model.head.loss.made_by == ["exp"]
+
+
+def test_questions_do_not_make_them(computed):
+    stock, model = stock_and_lazy()
+    z, want = model(TOKENS), stock(TOKENS)
+    for name in (
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "is_cuda",
+        "layout",
+        "requires_grad",
+        "is_leaf",
+        "nbytes",
+        "itemsize",
+    ):
+        assert getattr(z, name) == getattr(want, name), name
+    for name in ("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "__len__"):
+        assert getattr(z, name)() == getattr(want, name)(), name
+    assert z._base is None and z.grad_fn is not None and torch.is_tensor(z) and torch.is_floating_point(z)
+    assert {z: 1}[z] == 1 and isinstance(z, Tensor)
+    assert not computed
+
+
+def test_values_leave_in_every_way():
+    stock, model = stock_and_lazy()
+    want = stock(TOKENS).detach()
+    z = model(TOKENS).detach()
+    assert z.tolist() == want.tolist() and repr(z) == repr(want) and (z.numpy() == want.numpy()).all()
+    assert torch.equal(pickle.loads(pickle.dumps(z)), want) and torch.equal(copy.deepcopy(z), want)
+    file = io.BytesIO()
+    torch.save({"logits": model(TOKENS).detach()}, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True)["logits"], want)
+    assert torch.equal(torch.from_dlpack(model(TOKENS).detach()), want) and bool((z == want).all())
+    assert model(TOKENS)[0, 0, 0].item() == want[0, 0, 0].item()
+
+
+def test_second_derivatives_of_readers_of_both_kinds():
+    for reader in (lambda z: z * z, Square.apply):
+        found = []
+        for model in stock_and_lazy():
+            parameters = list(model.parameters())
+            first = torch.autograd.grad(reader(model(TOKENS)).sum(), parameters, create_graph=True)
+            found.append(torch.autograd.grad(sum((gradient**2).sum() for gradient in first), parameters))
+        torch.testing.assert_close(found[1], found[0])
+
+
+def test_gradients_of_logits_that_are_made():
+    _, model = stock_and_lazy()
+    z, seen = model(TOKENS), []
+    z.retain_grad()
+    z.register_hook(seen.append)
+    z.exp().sum().backward()
+    assert torch.equal(z.grad, z.exp()) and torch.equal(seen[0], z.grad)
+    z = model(TOKENS)
+    assert torch.equal(torch.autograd.grad(z.exp().sum(), z)[0], z.exp())
+
+
+def test_gradients_of_logits_that_a_loss_has_gone_around_are_refused():
+    _, model = stock_and_lazy()
+    z = model(TOKENS)
+    z.recipe.product.is_used = True
+    for refused in (z.retain_grad, lambda: z.register_hook(print)):
+        with pytest.raises(RuntimeError, match="no gradient with respect to lazy logits: .*lazy_logits=False"):
+            refused()
+
+
+@pytest.mark.parametrize("make_optimizer", [
+    lambda p: torch.optim.SGD(p, 0.1), lambda p: torch.optim.AdamW(p), lambda p: torch.optim.AdamW(p, foreach=True),
+    lambda p: torch.optim.AdamW(p, fused=True),
+])  # fmt: skip
+def test_logits_of_weights_that_are_gone_are_refused(make_optimizer):
+    _, model = stock_and_lazy()
+    optimizer = make_optimizer(model.parameters())
+    early, late = model(TOKENS), model(TOKENS)
+    want = early.exp().log()
+    want.sum().backward()
+    optimizer.step()
+    assert torch.equal(early.exp().log(), want)
+    with pytest.raises(RuntimeError, match="has changed since the call .*lazy_logits=False"):
+        late.exp()
+
+
+def test_nothing_is_lazy_where_others_follow_the_computation():
+    _, model = stock_and_lazy()
+    kinds = []
+    torch.compile(lambda x: kinds.append(type(model(x))), backend="eager")(TOKENS)
+    torch.func.vmap(lambda x: kinds.append(isinstance(model(x), LazyLogits)) or x)(TOKENS)
+    torch.jit.trace(lambda x: (kinds.append(isinstance(model(x), LazyLogits)), model(x))[1], TOKENS, check_trace=False)
+    with torch.autograd.forward_ad.dual_level():
+        tangent = torch.ones(3, D, dtype=torch.float64)
+        dual = torch.autograd.forward_ad.make_dual(tangent, tangent)
+        logits = model.head(dual)
+        kinds.append(isinstance(logits, LazyLogits))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(logits).tangent, tangent @ model.head.weight.T)
+    assert not any(kind is True or kind is LazyLogits for kind in kinds) and len(kinds) >= 4
+    with torch.no_grad():
+        assert not isinstance(model(TOKENS[:, :1]), LazyLogits)  # generation
+    model.head.loss = None
+    assert not isinstance(model(TOKENS), LazyLogits)
+
+
+def test_empty_and_single():
+    _, model = stock_and_lazy()
+    z = model(TOKENS[:0])
+    assert z.shape == (0, T, V) and z.view(-1, V).exp().shape == (0, V) and z.sum() == 0
+    assert model.head(torch.ones(D, dtype=torch.float64)).exp().shape == (V,)
+    assert model.head(torch.ones(D, dtype=torch.float64))[2].shape == ()
