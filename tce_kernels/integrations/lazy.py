@@ -8,18 +8,36 @@ loss can take hidden states, weight, scale and softcap instead.
 import contextlib
 import functools
 import math
+import weakref
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils import _pytree
 
 REMEDY = "read the logits before, or have them made at once: truncate(model, lazy_logits=False)"
 CHANGED = f"the weight of the lm-head, or its input, has changed since the call (by an optimizer?): {REMEDY}"
 TAKEN_AWAY = f"the weight of the lm-head has been taken out of memory since the call: {REMEDY}"
+FOLLOWED = "logits were written to after a torch.autograd.Function had read them: pass it logits.clone()"
 NO_GRADIENT = "the loss has no gradient with respect to lazy logits: pass truncate(model, lazy_logits=False)"
+
+
+_HEADS = weakref.WeakSet()
+
+
+def _has_stepped(optimizer, args, kwargs):
+    """Weights have new versions: fused optimizers, and those that write to `data`, leave the old ones."""
+    changed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for head in _HEADS:
+        for parameter in head.parameters(recurse=False):
+            if id(parameter) in changed:
+                torch.autograd.graph.increment_version(parameter)
+
+
+register_optimizer_step_post_hook(_has_stepped)
 
 
 class Product:
@@ -36,6 +54,7 @@ class Product:
         self._casting = self._casting if can_cast else contextlib.nullcontext
         self.calls = head.loss.calls  # of the loss, before this one
         self.is_used = False  # by a loss
+        _HEADS.add(head)
         self._versions, self._shard_version = self._now(), None
 
     def _now(self) -> list[int]:
@@ -79,7 +98,8 @@ class Recipe:
         self.is_detached = is_detached or not torch.is_grad_enabled()
         self.requires_grad = not self.is_detached and any(t is not None and t.requires_grad for t in product.tensors)
         self.made: Tensor | None = None
-        self._is_alias = False
+        self._made_version, self._is_alias = 0, False
+        self.is_followed = False  # read, before any change in place, where an autograd Function may have done so
 
     def but(self, **changes) -> "Recipe":
         """The same with changes, in memory of its own."""
@@ -90,14 +110,23 @@ class Recipe:
     def is_made(self) -> bool:
         return self.made is not None or self.base is not None and self.base.is_made
 
+    @property
+    def is_written(self) -> bool:
+        """Whether the logits have been changed in place since they were made."""
+        if self.base is not None and self.base.is_made:
+            return self.base.is_written
+        return self.made is not None and not self.made.is_inference() and self.made._version != self._made_version
+
     def make(self, to_write: bool = False) -> Tensor:
         """The logits, which stay: what is written to them is there for the next reader."""
         if self.base is not None and (to_write or self.base.is_made):
+            made = self.base.make(to_write)
             if not self._is_alias:
                 with torch.set_grad_enabled(self.requires_grad):
-                    self.made, self._is_alias = self.view(self.base.make(to_write)), True
+                    self.made, self._is_alias = self.view(made), True
         elif self.made is None:
             self.made = self.compute()
+            self._made_version = 0 if self.made.is_inference() else self.made._version
         return self.made
 
     def read(self) -> Tensor:
@@ -125,7 +154,9 @@ class _Connected(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logits):
         needs = ctx.needs_input_grad[1:]
-        logits = ctx.recipe.read()
+        if ctx.recipe.is_written and ctx.recipe.is_followed:
+            raise RuntimeError(FOLLOWED)
+        logits = ctx.recipe.read() if ctx.recipe.is_written else ctx.recipe.compute()  # made ones may have no graph now
         wanted = [alias for alias, need in zip(ctx.recipe.product.aliases, needs, strict=True) if need]
         with ctx.recipe.product.at_hand():
             is_differentiated = torch.is_grad_enabled()
@@ -151,24 +182,37 @@ class LazyLogits(Tensor):
     def of(cls, recipe: Recipe) -> "LazyLogits":
         return _Connected.apply(recipe, *recipe.product.tensors) if recipe.requires_grad else cls(recipe)
 
+    def unmade_recipe(self) -> Recipe | None:
+        """The recipe of logits that are not made; those of another graph than the recipe's are made, with that graph.
+
+        They have come out of an autograd Function, as DDP puts one behind the model.
+        """
+        self.recipe.is_followed |= not torch.is_grad_enabled() and not self.recipe.is_written
+        with torch._C.DisableTorchFunctionSubclass():
+            if self.requires_grad and not self.recipe.requires_grad and not self.recipe.is_made:
+                with torch.inference_mode(False), torch.enable_grad():
+                    self.recipe.made, self.recipe.base = torch.clone(self), None
+        return None if self.recipe.is_made else self.recipe
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if args and isinstance(args[0], cls) and not args[0].recipe.is_made:
+        recipe = args[0].unmade_recipe() if args and isinstance(args[0], cls) else None
+        if recipe is not None:
             of_frameworks = func is Tensor.register_hook and str(args[1].__module__).startswith("torch.")
             if func in _QUESTIONS or of_frameworks:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
-            if func in (Tensor.register_hook, Tensor.retain_grad) and args[0].recipe.product.is_used:
+            if func in (Tensor.register_hook, Tensor.retain_grad) and recipe.product.is_used:
                 raise RuntimeError(NO_GRADIENT)
-            changed = _WRITTEN_DOWN.get(func, _not_written_down)(args[0].recipe, func, *args[1:], **kwargs)
+            changed = _WRITTEN_DOWN.get(func, _not_written_down)(recipe, func, *args[1:], **kwargs)
             if changed is not None:
-                return args[0] if changed is args[0].recipe else cls.of(changed)
+                return args[0] if changed is recipe else cls.of(changed)
         name = getattr(func, "__name__", str(func))
         to_write = name in _WRITES or name.endswith("_") and not name.endswith("__") or "out" in kwargs
 
         def made(logits):
-            if not logits.recipe.is_made:
+            if logits.unmade_recipe() is not None:
                 logits.recipe.product.head.loss.logits_made(logits.recipe, name)
             return logits.recipe.make(to_write)
 
@@ -232,14 +276,18 @@ def _viewed(recipe, func, *args, **kwargs):
         return _selected(recipe, *args)
     if any(isinstance(arg, (Tensor, torch.dtype)) for arg in _pytree.tree_leaves((args, kwargs))) or n_classes < 2:
         return None
-    classes = torch.empty((*hidden.shape[:-1], 1), device="meta").expand(*hidden.shape[:-1], n_classes)
-    seen = func(classes, *args, **kwargs)
-    if seen.dim() == 0 or seen.shape[-1] != n_classes or seen.stride(-1) != 0:  # not what was the classes
+    with torch.inference_mode(False):  # where nothing knows of its base
+        logits = torch.empty((*hidden.shape[:-1], n_classes), device="meta")
+        seen = func(logits, *args, **kwargs)
+    if seen._base is None and seen is not logits or seen.shape[-1:] != (n_classes,) or seen.stride(-1) != 1:
         return None
-    of_hidden, of_args = func, args
-    if func in (Tensor.view, Tensor.reshape, torch.reshape):
-        of_hidden, of_args = Tensor.reshape, (*seen.shape[:-1], hidden.shape[-1])
-    hidden = of_hidden(hidden, *of_args, **kwargs)
+    if any(step % n_classes for step in (seen.storage_offset(), *seen.stride()[:-1])):  # not between whole rows
+        return None
+    if seen.shape != logits.shape:
+        of_views = func in (Tensor.view, Tensor.reshape, torch.reshape)
+        hidden = hidden.reshape(*seen.shape[:-1], hidden.shape[-1]) if of_views else func(hidden, *args, **kwargs)
+    if hidden.shape[:-1] != seen.shape[:-1] or hidden.shape[-1] != recipe.hidden.shape[-1]:
+        return None  # a slice of all classes has cut the hidden states
     return recipe.but(hidden=hidden, base=recipe, view=functools.partial(_call, func, args, kwargs))
 
 

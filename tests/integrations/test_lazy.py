@@ -81,11 +81,24 @@ class Square(torch.autograd.Function):
         return 2 * grad * logits
 
 
+class Triple(torch.autograd.Function):
+    """A reader that keeps nothing, so that no version tells it of changes."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        return logits * 3
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 3
+
+
 WRITTEN_DOWN = {
     "itself": lambda z: z,
     "a slice": lambda z: z[:, :-1],
     "a step": lambda z: z[:, ::2],
     "one": lambda z: z[:, -1],
+    "all classes": lambda z: z[:, 1:, :V][..., -V:],
     "one of each": lambda z: z[0, 2],
     "the dots": lambda z: z[..., 1:, :],
     "the dots first": lambda z: z[..., :],
@@ -116,6 +129,7 @@ MADE = {
     "a mask and classes": lambda z: z[MASK, 1:3],
     "a mask of all": lambda z: z[z > 0],
     "rows and classes": lambda z: z[torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([4, 5])],
+    "two lists": lambda z: z[[1, 0], [2, 1]],
     "a list": lambda z: z[[1, 0]],
     "the last dimension": lambda z: z[..., None],
     "a view across": lambda z: z.view(B, T * V),
@@ -135,6 +149,10 @@ MADE = {
     "a function": Square.apply,
     "a function of a part": lambda z: Square.apply(z[:, 1:]),
     "a function of a softcap": lambda z: Square.apply((z / 3).tanh() * 3),
+    "a function that writes down": lambda z: Triple.apply(z),
+    "a part of a function's": lambda z: Triple.apply(z)[:, 1:].float() / 3,
+    "a function of a function": lambda z: Square.apply(Triple.apply(z)),
+    "a function's, written to": lambda z: Triple.apply(z).masked_fill_(z > 0, 0.0),
     "a function and values": lambda z: Square.apply(z) + z,
     "an operator": lambda z: torch.ops.aten.mul.Tensor(z, z),
     "maximum": lambda z: z.max(-1).values,
@@ -159,7 +177,9 @@ def test_everything_else_gets_the_values(name):
     compared(MADE[name])
 
 
-@pytest.mark.parametrize("names", itertools.permutations(["a slice", "float", "a softcap", "view", "a factor"], 3))
+@pytest.mark.parametrize(
+    "names", list(itertools.permutations(["a slice", "float", "a softcap", "view", "a factor"], 3))
+)
 def test_steps_in_any_order(names):
     def f(z):
         for name in names:
@@ -257,6 +277,41 @@ def test_they_are_made_once(computed):
     assert model.head.loss.made_by == ["exp"]
 
 
+@pytest.mark.parametrize("part", [lambda z: z, lambda z: z[:, 1:]])
+@pytest.mark.parametrize("reader", [Triple.apply, Square.apply])
+@pytest.mark.parametrize("written", [lambda z: z, lambda z: z[:, 2:]])
+def test_logits_that_are_written_to_behind_a_function_are_refused(part, written, reader):
+    _, model = stock_and_lazy()
+    z = model(TOKENS)
+    read = reader(part(z))
+    written(z).zero_()
+    with pytest.raises(RuntimeError, match=r"after a torch.autograd.Function had read them: .*clone"):
+        read.sum().backward()
+
+    def f(z):
+        read = reader(part(z.clone()))
+        written(z).zero_()
+        return read
+
+    compared(f)
+
+
+@pytest.mark.parametrize("part", [lambda z: z, lambda z: z[:, 1:], lambda z: z[:, 1:].float().tanh()])
+def test_readers_of_both_kinds_of_one_graph(part):
+    compared(lambda z: Triple.apply(part(z)) + part(z).exp() + Square.apply(part(z)))
+
+
+def test_classes_that_cut_the_hidden_states(computed):
+    """More hidden dimensions than classes."""
+    head = nn.Linear(9, 5, bias=False)
+    head.__class__, head.loss = LazyHead, Loss()
+    hidden = torch.randn(2, 3, 9)
+    want = F.linear(hidden, head.weight)
+    for f in (lambda z: z[..., :5], lambda z: z.narrow(-1, 0, 5), lambda z: z[:, 1:, :5], lambda z: z[..., :4]):
+        torch.testing.assert_close(f(head(hidden)) + 0, f(want))
+    assert isinstance(head(hidden)[..., :5], LazyLogits)
+
+
 def test_questions_do_not_make_them(computed):
     stock, model = stock_and_lazy()
     z, want = model(TOKENS), stock(TOKENS)
@@ -324,9 +379,20 @@ def test_gradients_of_logits_that_a_loss_has_gone_around_are_refused():
             refused()
 
 
+class ToData(torch.optim.Optimizer):
+    """Writes past the versions of parameters, as optimizers with kernels of their own do."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.sub_(parameter.grad)
+
+
 @pytest.mark.parametrize("make_optimizer", [
     lambda p: torch.optim.SGD(p, 0.1), lambda p: torch.optim.AdamW(p), lambda p: torch.optim.AdamW(p, foreach=True),
-    lambda p: torch.optim.AdamW(p, fused=True),
+    lambda p: torch.optim.AdamW(p, fused=True), ToData,
 ])  # fmt: skip
 def test_logits_of_weights_that_are_gone_are_refused(make_optimizer):
     _, model = stock_and_lazy()
@@ -345,7 +411,10 @@ def test_nothing_is_lazy_where_others_follow_the_computation():
     kinds = []
     torch.compile(lambda x: kinds.append(type(model(x))), backend="eager")(TOKENS)
     torch.func.vmap(lambda x: kinds.append(isinstance(model(x), LazyLogits)) or x)(TOKENS)
-    torch.jit.trace(lambda x: (kinds.append(isinstance(model(x), LazyLogits)), model(x))[1], TOKENS, check_trace=False)
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    torch.jit.trace(
+        lambda x: (kinds.append(isinstance(frozen(x), LazyLogits)), frozen(x))[1], TOKENS, check_trace=False
+    )
     with torch.autograd.forward_ad.dual_level():
         tangent = torch.ones(3, D, dtype=torch.float64)
         dual = torch.autograd.forward_ad.make_dual(tangent, tangent)
