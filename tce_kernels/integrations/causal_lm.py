@@ -105,7 +105,7 @@ class CausalLMLoss:
         target = shift_labels.to(device).reshape(-1)
 
         of_logits, of_hidden = RULES[self.rule]
-        recipe = logits.unmade_recipe() if isinstance(logits, LazyLogits) else None
+        recipe = logits.recipe if isinstance(logits, LazyLogits) and logits.is_lazy else None
         if recipe is None:
             self._warn_of_memory()
             options = {name: value for name, value in options.items() if name not in ONLY_LINEAR}

@@ -25,19 +25,17 @@ FOLLOWED = "logits were written to after a torch.autograd.Function had read them
 NO_GRADIENT = "the loss has no gradient with respect to lazy logits: pass truncate(model, lazy_logits=False)"
 
 
-_HEADS = weakref.WeakSet()
+_STEPS = weakref.WeakKeyDictionary()  # of each head, how often an optimizer has changed it
 
 
-def _has_stepped(optimizer, args, kwargs):
-    """Weights have new versions: fused optimizers, and those that write to `data`, leave the old ones."""
+def _count(optimizer, args, kwargs):
+    """Versions do not tell of fused optimizers, of those that write to `data`, and of shards."""
     changed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for head in _HEADS:
-        for parameter in head.parameters(recurse=False):
-            if id(parameter) in changed:
-                torch.autograd.graph.increment_version(parameter)
+    for head in _STEPS:
+        _STEPS[head] += any(id(parameter) in changed for parameter in head.parameters(recurse=False))
 
 
-register_optimizer_step_post_hook(_has_stepped)
+register_optimizer_step_post_hook(_count)
 
 
 class Product:
@@ -54,27 +52,24 @@ class Product:
         self._casting = self._casting if can_cast else contextlib.nullcontext
         self.calls = head.loss.calls  # of the loss, before this one
         self.is_used = False  # by a loss
-        _HEADS.add(head)
-        self._versions, self._shard_version = self._now(), None
+        _STEPS.setdefault(head, 0)
+        self._versions = self._now()
 
     def _now(self) -> list[int]:
-        return [tensor._version for tensor in self.tensors if tensor is not None and not tensor.is_inference()]
+        versions = [tensor._version for tensor in self.tensors if tensor is not None and not tensor.is_inference()]
+        return [_STEPS[self.head], *versions]
 
     @contextlib.contextmanager
     def at_hand(self) -> Iterator[None]:
         """Autocast as it was, and the weight whole: FSDP2 takes it away where the head is a unit of its own."""
+        if self._now() != self._versions:
+            raise RuntimeError(CHANGED)
         _, weight, _ = self.tensors
         is_away = not weight.is_meta and weight.numel() > 0 and weight.untyped_storage().size() == 0
         if is_away:
             if not hasattr(self.head, "unshard"):
                 raise RuntimeError(TAKEN_AWAY)
-            now = self.head.weight._version  # of the shard
-            self._shard_version = now if self._shard_version is None else self._shard_version
-            if now != self._shard_version:
-                raise RuntimeError(CHANGED)
             self.head.unshard()
-        if self._now() != self._versions:
-            raise RuntimeError(CHANGED)
         try:
             with self._casting():
                 yield
@@ -149,10 +144,13 @@ class _Connected(torch.autograd.Function):
     @staticmethod
     def forward(ctx, recipe, hidden, weight, bias):
         ctx.recipe = recipe
+        ctx.set_materialize_grads(False)
         return LazyLogits(recipe)
 
     @staticmethod
     def backward(ctx, grad_logits):
+        if grad_logits is None:  # of a Function behind them, whose other outputs have one
+            return None, None, None, None
         needs = ctx.needs_input_grad[1:]
         if ctx.recipe.is_written and ctx.recipe.is_followed:
             raise RuntimeError(FOLLOWED)
@@ -182,41 +180,44 @@ class LazyLogits(Tensor):
     def of(cls, recipe: Recipe) -> "LazyLogits":
         return _Connected.apply(recipe, *recipe.product.tensors) if recipe.requires_grad else cls(recipe)
 
-    def unmade_recipe(self) -> Recipe | None:
-        """The recipe of logits that are not made; those of another graph than the recipe's are made, with that graph.
+    @property
+    def is_lazy(self) -> bool:
+        """Whether the recipe says all of them: they are not made, and have not come out of an autograd Function.
 
-        They have come out of an autograd Function, as DDP puts one behind the model.
+        DDP puts one behind the model.
         """
-        self.recipe.is_followed |= not torch.is_grad_enabled() and not self.recipe.is_written
         with torch._C.DisableTorchFunctionSubclass():
-            if self.requires_grad and not self.recipe.requires_grad and not self.recipe.is_made:
-                with torch.inference_mode(False), torch.enable_grad():
-                    self.recipe.made, self.recipe.base = torch.clone(self), None
-        return None if self.recipe.is_made else self.recipe
+            return not self.recipe.is_made and self.requires_grad == self.recipe.requires_grad
+
+    def _made(self, by: str, to_write: bool) -> Tensor:
+        recipe = self.recipe
+        recipe.is_followed |= not torch.is_grad_enabled() and not recipe.is_written
+        if not recipe.is_made:
+            recipe.product.head.loss.logits_made(recipe, by)
+            if not self.is_lazy:
+                with torch.inference_mode(False), torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+                    recipe.made, recipe.base = torch.clone(self), None
+        return recipe.make(to_write)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        recipe = args[0].unmade_recipe() if args and isinstance(args[0], cls) else None
-        if recipe is not None:
+        if args and isinstance(args[0], cls) and not args[0].recipe.is_made:
+            recipe = args[0].recipe
             of_frameworks = func is Tensor.register_hook and str(args[1].__module__).startswith("torch.")
             if func in _QUESTIONS or of_frameworks:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
             if func in (Tensor.register_hook, Tensor.retain_grad) and recipe.product.is_used:
                 raise RuntimeError(NO_GRADIENT)
-            changed = _WRITTEN_DOWN.get(func, _not_written_down)(recipe, func, *args[1:], **kwargs)
-            if changed is not None:
-                return args[0] if changed is recipe else cls.of(changed)
+            if func in _WRITTEN_DOWN and args[0].is_lazy:
+                recipe.is_followed |= not torch.is_grad_enabled()
+                changed = _WRITTEN_DOWN[func](recipe, func, *args[1:], **kwargs)
+                if changed is not None:
+                    return args[0] if changed is recipe else cls.of(changed)
         name = getattr(func, "__name__", str(func))
         to_write = name in _WRITES or name.endswith("_") and not name.endswith("__") or "out" in kwargs
-
-        def made(logits):
-            if logits.unmade_recipe() is not None:
-                logits.recipe.product.head.loss.logits_made(logits.recipe, name)
-            return logits.recipe.make(to_write)
-
-        args, kwargs = _pytree.tree_map_only(cls, made, (args, kwargs))
+        args, kwargs = _pytree.tree_map_only(cls, lambda logits: logits._made(name, to_write), (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
@@ -260,10 +261,6 @@ def _is_plain(*tensors: Tensor | None) -> bool:
 
 
 # What is written down, f(recipe, func, *other arguments) -> another recipe, or None where only values would do.
-
-
-def _not_written_down(recipe, func, *args, **kwargs):
-    return None
 
 
 def _call(func, args, kwargs, logits):
