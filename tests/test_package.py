@@ -11,6 +11,8 @@ import pytest
 import torch
 from cases import needs_triton
 
+import tce_kernels
+
 ROOT = Path(__file__).parents[1]
 
 ALLOWED = {
@@ -43,7 +45,10 @@ ALLOWED = {
     "context": set(),
     "layout": set(),
     "stats": set(),
+    "integrations.observed": set(),
     "integrations.schedules": {"integrations.observed"},
+    "integrations.lazy": set(),
+    "integrations.causal_lm": {"integrations.lazy", "integrations.observed"},
 }  # fmt: skip
 
 
@@ -153,6 +158,22 @@ def test_imports_point_one_way(package, allowed):
         assert set(imported_modules(module, modules)) <= allowed.get(module, set()), module
     for module in allowed:
         assert module not in reached_from(module, allowed), f"{module} leads back to itself"
+
+
+INTEGRATIONS = sorted((ROOT / "tce_kernels" / "integrations").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", INTEGRATIONS, ids=lambda path: path.stem)
+def test_integrations_know_public_names_only(path):
+    """So that they could live elsewhere; and the package, which the table above holds to itself, does not know them."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("tce_kernels") for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level < 2, "must be imported from tce_kernels, not by dots"
+            if not node.level and node.module.startswith("tce_kernels"):
+                assert node.module == "tce_kernels"
+                assert {alias.name for alias in node.names} <= set(tce_kernels.__all__)
 
 
 def reached_from(module, allowed):
