@@ -14,7 +14,7 @@ import tce_kernels
 from tce_kernels.integrations.causal_lm import CausalLMLoss, restore, truncate
 from tce_kernels.integrations.lazy import LazyHead, LazyLogits, Recipe
 
-from .models import MODELS, SCALES, batch, spread
+from .models import MODELS, OLD, SCALES, batch, spread
 from .tiny import V, gradients, llama, mixtral, relative
 
 ALL = pytest.mark.parametrize("kind", MODELS)
@@ -91,6 +91,8 @@ def test_the_number_of_items_divides(kind):
 
 @ALL
 def test_generation_is_that_of_the_stock_model(kind):
+    if OLD and kind == "experts":
+        pytest.skip(f"Mixtral of transformers {transformers.__version__} fails by itself with a mask")
     stock, model, _ = pair(kind)
     tokens = batch(stock)["input_ids"][:, :6]
     for how in ({}, {"num_beams": 3}):
@@ -175,8 +177,8 @@ def test_shift_labels_and_keyword_arguments_of_transformers():
     stock, model, loss = pair("llama")
     inputs = batch(stock)
     shifted = F.pad(inputs["labels"], (0, 1), value=-100)[..., 1:].contiguous()
-    logits = stock(**inputs).logits
-    want = stock.loss_function(logits, None, vocab_size=V, shift_labels=shifted)
+    outputs = stock(**inputs)
+    logits, want = outputs.logits, outputs.loss
     got = loss(logits=logits, labels=None, vocab_size=V, shift_labels=shifted, num_items_in_batch=None, of_no_use=1)
     assert got.item() == pytest.approx(want.item(), rel=EXACT)
     ignored = inputs["labels"].masked_fill(inputs["labels"] == -100, 5)
@@ -302,6 +304,7 @@ def test_functional_transforms():
         assert relative(torch.func.grad(loss)(parameters), want) < EXACT
 
 
+@pytest.mark.skipif(OLD, reason="models of transformers 4.48 fail on meta tensors by themselves")
 def test_meta_tensors():
     _, model, _ = pair("llama")
     model.to("meta")
