@@ -42,7 +42,8 @@ class CausalLMLoss:
 
     Attributes:
         threshold: 0-d float32 tensor, on the device of the logits from the first call on; to be changed by `fill_`.
-        observed: {"train": Observed, "eval": Observed}, of calls with gradients enabled and without.
+        observed: {"train": Observed, "eval": Observed}, of calls with gradients enabled and without; not of those
+            inside the transforms of torch.func.
         calls: how often it has been called, not from compiled code; the statistics count those too.
         fused: whether the last call did without logits in memory.
     """
@@ -119,7 +120,8 @@ class CausalLMLoss:
         if not torch.compiler.is_compiling():  # which would compile each number anew
             self.calls += 1
         self.fused = recipe is not None
-        self.observed["train" if torch.is_grad_enabled() else "eval"].add(stats)
+        if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():  # nothing leaves those
+            self.observed["train" if torch.is_grad_enabled() else "eval"].add(stats)
         return loss
 
     def logits_made(self, recipe: Recipe, by: str) -> None:

@@ -292,16 +292,33 @@ def test_evaluation(context, made):
 
 
 def test_functional_transforms():
-    stock, model, _ = pair("tied")
-    inputs = batch(stock)
-    want = gradients(stock, inputs)[1]
-    parameters = dict(model.named_parameters())
+    """Gradients, those of each sentence, and directional derivatives."""
+    stock = llama(tie_word_embeddings=True, attn_implementation="eager")
+    model = copy.deepcopy(stock)
+    loss, inputs = truncate(model, 1.0), batch(stock)
 
-    def loss(parameters):
-        return torch.func.functional_call(model, parameters, (), inputs).loss
+    def values(model):
+        parameters = dict(model.named_parameters())
+
+        def of_all(parameters):
+            return torch.func.functional_call(model, parameters, (), inputs).loss
+
+        def of_one(parameters, tokens, labels):
+            inputs = {"input_ids": tokens[None], "labels": labels[None], "use_cache": False}
+            return torch.func.functional_call(model, parameters, (), inputs).loss
+
+        sentences = torch.func.vmap(torch.func.grad(of_one), in_dims=(None, 0, 0))
+        directions = {name: parameter.detach().sin() for name, parameter in parameters.items()}
+        return (
+            torch.func.grad(of_all)(parameters),
+            sentences(parameters, inputs["input_ids"], inputs["labels"]),
+            dict(enumerate(torch.func.jvp(of_all, (parameters,), (directions,)))),
+        )
 
     with pytest.warns(UserWarning, match="in memory"):
-        assert relative(torch.func.grad(loss)(parameters), want) < EXACT
+        for got, want in zip(values(model), values(stock), strict=True):
+            assert relative(got, want) < EXACT
+    assert loss.observed["train"].since("test").n_calls == 0
 
 
 @pytest.mark.skipif(OLD, reason="models of transformers 4.48 fail on meta tensors by themselves")
