@@ -174,7 +174,7 @@ def truncate(
         TypeError: a model whose loss is another one, or is not computed by its `loss_function`. Errors of options are
             those of the losses.
     """
-    inner = _inner(model)
+    inner = inner_model(model)
     loss = inner.loss_function
     if not isinstance(loss, CausalLMLoss):
         _check(inner)
@@ -201,7 +201,7 @@ def truncate(
 
 def restore(model: PreTrainedModel) -> None:
     """Give a model its own loss and logits back; nothing happens to one that has them."""
-    inner = _inner(model)
+    inner = inner_model(model)
     if isinstance(inner.loss_function, CausalLMLoss):
         inner.loss_function = inner.loss_function.stock
         _eager(inner)
@@ -216,8 +216,9 @@ def _eager(model: nn.Module) -> None:
                 del module.loss
 
 
-def _inner(model) -> PreTrainedModel:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
+def inner_model(model) -> PreTrainedModel:
+    """The model of transformers that is meant, of PEFT's too."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(
             f"model must be a PreTrainedModel of transformers, or a PEFT model of one, got {type(inner).__name__}: "
