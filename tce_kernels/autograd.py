@@ -1,7 +1,7 @@
 """Registered operators over the two fast backends, and the autograd functions over the operators.
 
 The operators take logits (..., V) as the user passed them and hold everything per row in the shape of the target (...).
-`rows` (6, ...) keeps the numbers per row that backward and the statistics need; `stats` names its fields.
+`rows` (F, ...) keeps the numbers per row that backward and the statistics need; `stats` names its fields.
 
 An operator returns what it makes and writes to no argument, so that compilers, checkpointing and hooks may do with it
 what they like. Memory is written to only where `context.is_plain` says that nobody would miss it.
@@ -21,9 +21,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from . import torch_ops
 from .context import has_data, has_tangent, is_plain
 from .layout import flat, rows_like, rows_of, shaped
-from .options import FORM_SCHEMA, Form, form_of
+from .options import FORM_SCHEMA, N_PLAIN, Form, form_of
 from .shards import Shards
-from .stats import N_FIELDS
+from .stats import N_FIELDS, n_fields
 from .torch_ops import compute_dtype
 
 SECOND_BACKWARD = (
@@ -72,6 +72,8 @@ def check_target(target: Tensor, V: int, ignore_index: int, of: str = "") -> Non
 
 # The end of a schema: where classes are spread over ranks, what those have (`Shards`) and their group.
 RANKS = "Tensor? sizes=None, str? group=None"
+# And of those that make `rows`: whether with the entropy.
+ENTROPY = ", bool entropy=False"
 
 
 def operator(name: str, arguments: str, returns: str, communicates: bool = False):
@@ -81,7 +83,7 @@ def operator(name: str, arguments: str, returns: str, communicates: bool = False
     communicates: a compiler must not leave it out where one rank has no use for the result, say for having no rows.
     """
     schema = f"({arguments.format(form=FORM_SCHEMA)}) -> ({returns})"
-    n_tensors = arguments.removesuffix(RANKS).count("Tensor")  # which come first
+    n_tensors = arguments.removesuffix(ENTROPY).removesuffix(RANKS).count("Tensor")  # which come first
 
     def decorate(function):
         registered = custom_op(f"tce_kernels::{name}", mutates_args=(), schema=schema)(function)
@@ -99,9 +101,15 @@ def operator(name: str, arguments: str, returns: str, communicates: bool = False
 
 
 def _opened(plain) -> tuple:
-    """The plain values that an operator was called with: of its form, backend, sizes and group, if it has them."""
-    n = len(Form._fields)
-    return plain[:n], plain[n], *(plain[n + 1 :] or (None, None))  # PyTorch leaves out what is as by default
+    """What an operator was called with besides tensors: its form, backend, and sizes and group, if it has them."""
+    of_form, backend, rest = plain[:N_PLAIN], plain[N_PLAIN], plain[N_PLAIN + 1 :]
+    sizes, group, entropy = (*rest, *(None, None, False)[len(rest) :])  # PyTorch leaves out what is as by default
+    return form_of(*of_form, entropy), backend, sizes, group
+
+
+def flat_rows(rows: Tensor) -> Tensor:
+    """What backward needs of rows (F, ...): [6, N], without the entropy."""
+    return rows[:N_FIELDS].reshape(N_FIELDS, -1)
 
 
 def _write_dlogits(logits, target, row_grad, rows, form: Form, backend, sizes, group, out) -> None:
@@ -110,7 +118,7 @@ def _write_dlogits(logits, target, row_grad, rows, form: Form, backend, sizes, g
         shards = Shards(group, sizes)
         target, form, n_classes = shards.local(target, form.ignore_index), form.local(), shards.n_classes
     backend_of(backend, logits).dlogits(
-        x, flat(target), flat(row_grad), rows.reshape(N_FIELDS, -1), form, rows_like(x, out), n_classes
+        x, flat(target), flat(row_grad), flat_rows(rows), form, rows_like(x, out), n_classes
     )
 
 
@@ -121,26 +129,26 @@ def _write_loss_and_dlogits(logits, target, row_scale, param, form: Form, backen
     loss, rows = backend_of(backend, logits).loss_and_dlogits(
         x, flat(target), flat(row_scale), param, form, rows_like(x, out)
     )
-    return loss.sum(), shaped(rows, (N_FIELDS, *target.shape))
+    return loss.sum(), shaped(rows, (len(rows), *target.shape))
 
 
 def _empty_like(logits: Tensor) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _fake_rows(logits: Tensor, target: Tensor) -> Tensor:
-    return logits.new_empty((N_FIELDS, *target.shape), dtype=compute_dtype(logits.dtype))
+def _fake_rows(logits: Tensor, target: Tensor, entropy: bool) -> Tensor:
+    return logits.new_empty((n_fields(entropy), *target.shape), dtype=compute_dtype(logits.dtype))
 
 
 @operator(
     "row_loss",
-    "Tensor logits, Tensor target, Tensor row_scale, Tensor? param, {form}, str backend, " + RANKS,
+    "Tensor logits, Tensor target, Tensor row_scale, Tensor? param, {form}, str backend, " + RANKS + ENTROPY,
     "Tensor loss, Tensor rows",
 )
 def row_loss(logits, target, row_scale, param, *plain):
-    """Loss (...) and rows (6, ...), from one read of the logits; with a group, of all its ranks' logits."""
+    """Loss (...) and rows (F, ...), from one read of the logits; with a group, of all its ranks' logits."""
     form, backend, sizes, group = _opened(plain)
-    form, x, flat_scale = form_of(*form), rows_of(logits), flat(row_scale)
+    x, flat_scale = rows_of(logits), flat(row_scale)
     row_operations = backend_of(backend, logits)
     shards = None if group is None else Shards(group, sizes)
     if backend == "torch":
@@ -151,12 +159,13 @@ def row_loss(logits, target, row_scale, param, *plain):
         local, form = flat(shards.local(target, form.ignore_index)), form.local()
         sums = shards.gather(row_operations.shard_sums(x, local, form))
         loss, rows = row_operations.row_loss_of_sums(sums, local, flat_scale, param, form, shards.n_classes)
-    return shaped(loss, target.shape), shaped(rows, (N_FIELDS, *target.shape))
+    return shaped(loss, target.shape), shaped(rows, (len(rows), *target.shape))
 
 
 @row_loss.register_fake
-def _(logits, target, *_):
-    return logits.new_empty(target.shape, dtype=compute_dtype(logits.dtype)), _fake_rows(logits, target)
+def _(logits, target, row_scale, param, *plain):
+    loss = logits.new_empty(target.shape, dtype=compute_dtype(logits.dtype))
+    return loss, _fake_rows(logits, target, _opened(plain)[0].entropy)
 
 
 @operator(
@@ -168,7 +177,7 @@ def dlogits(logits, target, row_grad, rows, *plain):
     """Gradient (..., V) for row_grad (...) = upstream gradient * row_scale."""
     form, backend, sizes, group = _opened(plain)
     out = _empty_like(logits)
-    _write_dlogits(logits, target, row_grad, rows, form_of(*form), backend, sizes, group, out)
+    _write_dlogits(logits, target, row_grad, rows, form, backend, sizes, group, out)
     return out
 
 
@@ -179,20 +188,25 @@ def _(logits, *_):
 
 @operator(
     "loss_and_dlogits",
-    "Tensor logits, Tensor target, Tensor row_scale, Tensor? param, {form}, str backend",
+    "Tensor logits, Tensor target, Tensor row_scale, Tensor? param, {form}, str backend" + ENTROPY,
     "Tensor loss, Tensor rows, Tensor dlogits",
 )
 def loss_and_dlogits(logits, target, row_scale, param, *plain):
-    """Sum of the losses [], rows (6, ...), and the gradient (..., V) for an upstream gradient of 1, in one pass."""
-    *form, backend = plain
+    """Sum of the losses [], rows (F, ...), and the gradient (..., V) for an upstream gradient of 1, in one pass."""
     out = _empty_like(logits)
-    return *_write_loss_and_dlogits(logits, target, row_scale, param, form_of(*form), backend, out), out
+    return *_write_loss_and_dlogits(logits, target, row_scale, param, *_of_one_process(plain), out), out
+
+
+def _of_one_process(plain) -> tuple:
+    """Form and backend, from the plain values of form, backend and, unless PyTorch has left it out, entropy."""
+    return form_of(*plain[:N_PLAIN], *plain[N_PLAIN + 1 :]), plain[N_PLAIN]
 
 
 @loss_and_dlogits.register_fake
-def _(logits, target, *_):
+def _(logits, target, row_scale, param, *plain):
     loss = logits.new_empty((), dtype=compute_dtype(logits.dtype))
-    return loss, _fake_rows(logits, target), _empty_like(logits)
+    form, _ = _of_one_process(plain)
+    return loss, _fake_rows(logits, target, form.entropy), _empty_like(logits)
 
 
 def refuse_tangent(ctx, *_):
@@ -256,7 +270,7 @@ def product(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class LossAndGradient(Function):
-    """Sum of the losses [], rows (6, ...), and the gradient for an upstream gradient of 1, made in forward.
+    """Sum of the losses [], rows (F, ...), and the gradient for an upstream gradient of 1, made in forward.
 
     With `inplace` the gradient takes the place of the logits; there is no third output then. `has_tangent`: forward
     mode goes through the logits.
@@ -266,17 +280,17 @@ class LossAndGradient(Function):
 
     @forward_method
     def forward(logits, target, row_scale, param, *plain):
-        *form, backend, inplace, _ = plain
+        *plain, inplace, _ = plain
         if not inplace:
-            return loss_and_dlogits(logits, target, row_scale, param, *form, backend)
+            return loss_and_dlogits(logits, target, row_scale, param, *plain)
         out = logits.detach()
-        loss, rows = _write_loss_and_dlogits(out, target, row_scale, param, form_of(*form), backend, out)
+        loss, rows = _write_loss_and_dlogits(out, target, row_scale, param, *_of_one_process(plain), out)
         increment_version(out)
         return loss, rows, None
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *_, ctx.backend, inplace, ctx.has_tangent = inputs
+        *_, ctx.backend, _, inplace, ctx.has_tangent = inputs
         _, rows, gradient = output
         if inplace:
             gradient = inputs[0].detach()  # as it is no more what made it, autograd is not to see it as such
@@ -309,7 +323,7 @@ class LossAndGradient(Function):
 
 
 class RowLoss(Function):
-    """Losses (...) and rows (6, ...); the gradient is made in backward from the logits."""
+    """Losses (...) and rows (F, ...); the gradient is made in backward from the logits."""
 
     generate_vmap_rule = True
 
@@ -320,7 +334,7 @@ class RowLoss(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, target, row_scale, _, *ctx.plain, sizes, ctx.group, ctx.inplace, ctx.has_tangent = inputs
+        logits, target, row_scale, _, *ctx.plain, sizes, ctx.group, _, ctx.inplace, ctx.has_tangent = inputs
         _, rows = output
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, row_scale, rows, sizes)
@@ -377,7 +391,7 @@ def loss_and_rows(logits: Tensor, *arguments, in_forward: bool, inplace: bool) -
 
     With a group the gradient waits for backward: what the other ranks find comes between the two reads anyway.
     """
-    *of_one_process, _, group = arguments
+    *of_one_process, _, group, entropy = arguments
     tangent = has_tangent(logits)
     if not tangent and not (torch.is_grad_enabled() and logits.requires_grad):
         return row_loss(logits, *arguments)
@@ -386,7 +400,7 @@ def loss_and_rows(logits: Tensor, *arguments, in_forward: bool, inplace: bool) -
         # of its own, which costs 8.
         return RowLoss.apply(logits, *arguments, False, False)
     if in_forward and group is None:
-        function, arguments = LossAndGradientWithTangent, of_one_process
+        function, arguments = LossAndGradientWithTangent, (*of_one_process, entropy)
     else:
         function = RowLossWithTangent
     plain = is_plain(logits, *arguments[:3])

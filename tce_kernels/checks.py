@@ -50,6 +50,11 @@ def check_flag(name: str, value) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
+def check_stats(name: str, value) -> None:
+    if not isinstance(value, bool) and not (isinstance(value, str) and value == "entropy"):
+        raise TypeError(f"{name} must be True or False, got {value!r}; or 'entropy', which adds that of each row")
+
+
 def check_choice(name: str, value, choices: tuple) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -46,8 +46,8 @@ def _logits_loss(logits, target, options, row_groups=(), is_summed=True):
 
     def path(target, row_scale, param, sizes):
         return autograd.loss_and_rows(
-            logits, target, row_scale, param, *options.form(), backend, sizes, options.group_name,
-            in_forward=in_forward, inplace=options.inplace,
+            logits, target, row_scale, param, *options.form().plain(), backend, sizes, options.group_name,
+            options.entropy, in_forward=in_forward, inplace=options.inplace,
         )  # fmt: skip
 
     return _reduced(path, target, sizes, logits.dtype, options, options.by_kept, row_groups, is_summed)
@@ -90,8 +90,8 @@ def _linear_loss(input, linear_weight, linear_bias, target, options, row_groups=
 
     def path(target, row_scale, param, sizes):
         return linear.loss_and_rows(
-            *head, target, row_scale, param, *options.form(), *options.chunks(), dtype, backend, needs,
-            options.rows_spread, sizes, options.group_name,
+            *head, target, row_scale, param, *options.form().plain(), *options.chunks(), dtype, backend, needs,
+            options.rows_spread, sizes, options.group_name, options.entropy,
             in_forward=options.reduction != "none" and not options.allow_retain_graph, may_vanish=options.by_kept,
         )  # fmt: skip
 

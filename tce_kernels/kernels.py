@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .sweeps import (
     COEF,
+    LEAST,
     LOG2_E,
     LOWEST,
     LSE,
@@ -19,6 +20,7 @@ from .sweeps import (
     SHARD_SUM_EXP,
     SHARD_TARGET,
     SUM_EXP,
+    entropy_of,
     gradient_of,
     in_split,
     lift,
@@ -40,10 +42,10 @@ from .sweeps import (
 def split_sums_kernel(
     logits_ptr,  # [outer, inner, V]
     target_ptr,  # [N], N = outer * inner
-    sums_ptr,  # [n_splits, F, N] fp32, F = 4 with label smoothing, otherwise 3
+    sums_ptr,  # [n_splits, F, N] fp32, F = 3 + SMOOTHING + ENTROPY
     stride_logits_outer, stride_logits_inner, inner, N, V, ignore_index, softcap, logit_scale,
     SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, PEEL: tl.constexpr, VECTOR: tl.constexpr,
-    BLOCK_V: tl.constexpr, THREADS: tl.constexpr,
+    BLOCK_V: tl.constexpr, THREADS: tl.constexpr, ENTROPY: tl.constexpr = False,
 ):  # fmt: skip
     """What `sweep` finds out about one split of one row a program; the first one's has the target's u as well.
 
@@ -55,18 +57,22 @@ def split_sums_kernel(
     live, target = load_target(target_ptr, row, V, ignore_index)
     target_u = load_target_u(row_ptr, target, live & (split == 0), logit_scale, softcap, SOFTCAP)
     row_max, sum_exp, sum_u = tl.cast(0.0, tl.float32), tl.cast(1.0, tl.float32), tl.cast(0.0, tl.float32)
+    entropy = tl.cast(0.0, tl.float32)
     if live:
-        row_max, sum_exp, sum_u = sweep(
+        row_max, sum_exp, sum_u, entropy = sweep(
             row_ptr, V, logit_scale, softcap, unit * tl.cast(LOG2_E, tl.float32), split, n_splits,
-            SOFTCAP, SMOOTHING, PEEL, VECTOR, BLOCK_V, THREADS,
+            SOFTCAP, SMOOTHING, ENTROPY, PEEL, VECTOR, BLOCK_V, THREADS,
         )  # fmt: skip
     N = tl.cast(N, tl.int64)
-    sums_ptr += split * (4 if SMOOTHING else 3) * N + row
+    F: tl.constexpr = 3 + SMOOTHING + ENTROPY
+    sums_ptr += split * F * N + row
     tl.store(sums_ptr + SHARD_MAX * N, row_max)
     tl.store(sums_ptr + SHARD_SUM_EXP * N, sum_exp)
     tl.store(sums_ptr + SHARD_TARGET * N, target_u)
     if SMOOTHING:
         tl.store(sums_ptr + SHARD_SUM * N, sum_u)
+    if ENTROPY:
+        tl.store(sums_ptr + (F - 1) * N, entropy)
 
 
 @triton.jit(do_not_specialize=["N", "n_splits", "n_classes", "ignore_index"])
@@ -76,12 +82,12 @@ def row_loss_of_sums_kernel(
     row_scale_ptr,  # [N] fp32
     param,  # log(threshold), or focal's gamma: fp32, or a pointer to it
     loss_ptr,  # [N] fp32
-    rows_ptr,  # [6, N] fp32
+    rows_ptr,  # [6, N] fp32; [7, N] with ENTROPY
     N, n_splits,
     n_classes,  # of the whole row: a number, or a pointer to it
     ignore_index, alpha, z_loss, label_smoothing, softcap, logit_scale,
     RULE: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr, ENTROPY: tl.constexpr = False,
 ):  # fmt: skip
     """Loss and `rows` of one row a program, as from `row_loss_kernel`; a target that is in no split is NaN."""
     row = tl.program_id(0)
@@ -90,11 +96,13 @@ def row_loss_of_sums_kernel(
     splits = tl.arange(0, BLOCK_SPLITS)
     mask = splits < n_splits
     N = tl.cast(N, tl.int64)
-    sums_ptr += splits * (4 if SMOOTHING else 3) * N + row
+    F: tl.constexpr = 3 + SMOOTHING + ENTROPY
+    sums_ptr += splits * F * N + row
     split_max = tl.load(sums_ptr + SHARD_MAX * N, mask=mask, other=LOWEST)
     row_max = tl.max(split_max, 0)
     split_sum_exp = tl.load(sums_ptr + SHARD_SUM_EXP * N, mask=mask, other=0.0)
-    sum_exp = sum_of_products(split_sum_exp, tl.exp2((split_max - row_max) * scale))
+    split_exp = tl.exp2((split_max - row_max) * scale)
+    sum_exp = sum_of_products(split_sum_exp, split_exp)
     split_u = tl.load(sums_ptr + SHARD_TARGET * N, mask=mask, other=float("nan"))
     known = split_u == split_u
     target_u = tl.max(tl.where(known, split_u, -float("inf")), 0)
@@ -102,10 +110,15 @@ def row_loss_of_sums_kernel(
     sum_u = 0.0
     if SMOOTHING:
         sum_u = tl.sum(tl.load(sums_ptr + SHARD_SUM * N, mask=mask, other=0.0), 0)
+    entropy = 0.0
+    if ENTROPY:  # of the splits, each times its share of the row, and of the shares
+        share = split_sum_exp * split_exp / sum_exp
+        entropy = tl.load(sums_ptr + (F - 1) * N, mask=mask, other=0.0) - tl.log(share)
+        entropy = sum_of_products(share, tl.where(share == 0.0, 0.0, entropy))
     store_row(
         loss_ptr, rows_ptr, row, N, load_number(n_classes), target_u, row_max, sum_exp, sum_u,
         tl.load(target_ptr + row) != ignore_index, tl.load(row_scale_ptr + row),
-        load_number(param), alpha, z_loss, label_smoothing, unit, RULE, SMOOTHING,
+        load_number(param), alpha, z_loss, label_smoothing, unit, RULE, SMOOTHING, entropy, ENTROPY,
     )  # fmt: skip
 
 
@@ -116,11 +129,11 @@ def row_loss_kernel(
     row_scale_ptr,  # [N] fp32
     param,  # log(threshold), or focal's gamma: fp32, or a pointer to it
     loss_ptr,  # [N] fp32
-    rows_ptr,  # [6, N] fp32
+    rows_ptr,  # [6, N] fp32; [7, N] with ENTROPY
     stride_logits_outer, stride_logits_inner, inner, N, V,
     ignore_index, alpha, z_loss, label_smoothing, softcap, logit_scale,
     RULE: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, PEEL: tl.constexpr, VECTOR: tl.constexpr,
-    BLOCK_V: tl.constexpr, THREADS: tl.constexpr,
+    BLOCK_V: tl.constexpr, THREADS: tl.constexpr, ENTROPY: tl.constexpr = False,
 ):  # fmt: skip
     """Loss and `rows` of one row a program, from one sweep. Ignored rows are not read."""
     row = tl.program_id(0)
@@ -129,14 +142,15 @@ def row_loss_kernel(
     live, target = load_target(target_ptr, row, V, ignore_index)
     target_u = load_target_u(row_ptr, target, live, logit_scale, softcap, SOFTCAP)
     row_max, sum_exp, sum_u = tl.cast(0.0, tl.float32), tl.cast(1.0, tl.float32), tl.cast(0.0, tl.float32)
+    entropy = tl.cast(0.0, tl.float32)
     if live:
-        row_max, sum_exp, sum_u = sweep(
+        row_max, sum_exp, sum_u, entropy = sweep(
             row_ptr, V, logit_scale, softcap, unit * tl.cast(LOG2_E, tl.float32), 0, 1,
-            SOFTCAP, SMOOTHING, PEEL, VECTOR, BLOCK_V, THREADS,
+            SOFTCAP, SMOOTHING, ENTROPY, PEEL, VECTOR, BLOCK_V, THREADS,
         )  # fmt: skip
     store_row(
         loss_ptr, rows_ptr, row, N, V, target_u, row_max, sum_exp, sum_u, live, tl.load(row_scale_ptr + row),
-        load_number(param), alpha, z_loss, label_smoothing, unit, RULE, SMOOTHING,
+        load_number(param), alpha, z_loss, label_smoothing, unit, RULE, SMOOTHING, entropy, ENTROPY,
     )  # fmt: skip
 
 
@@ -187,11 +201,11 @@ def loss_and_dlogits_kernel(
     row_scale_ptr,  # [N] fp32
     param,  # log(threshold), or focal's gamma: fp32, or a pointer to it
     loss_ptr,  # [N] fp32
-    rows_ptr,  # [6, N] fp32
+    rows_ptr,  # [6, N] fp32; [7, N] with ENTROPY
     stride_dlogits_outer, stride_dlogits_inner, stride_logits_outer, stride_logits_inner, inner, N, V,
     ignore_index, fill, alpha, z_loss, label_smoothing, softcap, logit_scale,
     RULE: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, PEEL: tl.constexpr, VECTOR: tl.constexpr,
-    BLOCK_V: tl.constexpr, THREADS: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    BLOCK_V: tl.constexpr, THREADS: tl.constexpr, ONE_BLOCK: tl.constexpr, ENTROPY: tl.constexpr = False,
 ):  # fmt: skip
     """Both of the above for an upstream gradient of 1; each program takes every num_programs-th row.
 
@@ -208,23 +222,27 @@ def loss_and_dlogits_kernel(
         target_u = load_target_u(row_ptr, target, live, logit_scale, softcap, SOFTCAP)
 
         row_max, sum_exp, sum_u = tl.cast(0.0, tl.float32), tl.cast(1.0, tl.float32), tl.cast(0.0, tl.float32)
+        entropy = tl.cast(0.0, tl.float32)
         if ONE_BLOCK:
             cols = tl.arange(0, BLOCK_V)
             mask = cols < V
             x = tl.load(row_ptr + cols, mask=cols < tl.where(live, V, 0), other=-float("inf"))
             u = tl.where(mask, lift(x, logit_scale, softcap, SOFTCAP), -float("inf"))
             row_max = tl.maximum(tl.max(u, 0), tl.cast(LOWEST, tl.float32))
-            sum_exp = tl.sum(tl.exp2((u - row_max) * scale), 0)
+            exps = tl.exp2((u - row_max) * scale)
+            sum_exp = tl.sum(exps, 0)
             if SMOOTHING:
                 sum_u = tl.sum(tl.where(mask, u, 0.0), 0)
+            if ENTROPY:
+                entropy = entropy_of(sum_exp, sum_of_products(tl.maximum((u - row_max) * scale, LEAST), exps))
         elif live:
-            row_max, sum_exp, sum_u = sweep(
+            row_max, sum_exp, sum_u, entropy = sweep(
                 row_ptr, V, logit_scale, softcap, scale, 0, 1,
-                SOFTCAP, SMOOTHING, PEEL, VECTOR, BLOCK_V, THREADS,
+                SOFTCAP, SMOOTHING, ENTROPY, PEEL, VECTOR, BLOCK_V, THREADS,
             )  # fmt: skip
         lse, coef = store_row(
             loss_ptr, rows_ptr, row, N, V, target_u, row_max, sum_exp, sum_u, live, row_scale,
-            load_number(param), alpha, z_loss, label_smoothing, unit, RULE, SMOOTHING,
+            load_number(param), alpha, z_loss, label_smoothing, unit, RULE, SMOOTHING, entropy, ENTROPY,
         )  # fmt: skip
 
         of_exp, of_target, of_ones = row_gradient(

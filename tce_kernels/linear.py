@@ -13,9 +13,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import linear_ranks
 from .autograd import (
+    ENTROPY,
     RANKS,
     backend_of,
     check_target,
+    flat_rows,
     forward_method,
     hand_out,
     is_memory,
@@ -29,9 +31,9 @@ from .context import graph_is_kept, is_plain
 from .gradients import gradients_for
 from .head import Head, auto_chunk_size, supported
 from .layout import flat, rows_of, shaped
-from .options import CHUNKS_SCHEMA, Chunks, Form, form_of
+from .options import CHUNKS_SCHEMA, N_PLAIN, Chunks, form_of
 from .shards import Shards
-from .stats import COEF, N_FIELDS
+from .stats import COEF, n_fields
 
 HEAD = "Tensor input, Tensor weight, Tensor? bias, Tensor target"
 PLAIN = "{form}, " + CHUNKS_SCHEMA + ", ScalarType dtype, str backend, bool[] needs, bool rows_spread=False, " + RANKS
@@ -39,11 +41,12 @@ GRADIENTS = "Tensor dinput, Tensor dweight, Tensor dbias"
 
 
 def _opened(plain) -> tuple:
-    """What an operator was called with besides tensors: the values of its form, its chunks, dtype, backend, needs,
-    rows_spread, sizes and group."""
-    n, m = len(Form._fields), len(Form._fields) + len(Chunks._fields)
-    of_ranks = plain[m + 3 :] or (False, None, None)  # PyTorch leaves out what is as by default
-    return plain[:n], Chunks(*plain[n:m]), *plain[m : m + 3], *of_ranks
+    """What an operator was called with besides tensors: its form, chunks, dtype, backend, needs, rows_spread, sizes and
+    group."""
+    m = N_PLAIN + len(Chunks._fields)
+    rest = plain[m + 3 :]
+    *of_ranks, entropy = (*rest, *(False, None, None, False)[len(rest) :])  # PyTorch leaves out what is as by default
+    return form_of(*plain[:N_PLAIN], entropy), Chunks(*plain[N_PLAIN:m]), *plain[m : m + 3], *of_ranks
 
 
 def _chunk_size(chunks: Chunks, n_rows: int, head: Head) -> int:
@@ -53,17 +56,16 @@ def _chunk_size(chunks: Chunks, n_rows: int, head: Head) -> int:
 
 @operator(
     "linear_loss",
-    HEAD + ", Tensor row_scale, Tensor? param, " + PLAIN,
+    HEAD + ", Tensor row_scale, Tensor? param, " + PLAIN + ENTROPY,
     "Tensor loss, Tensor rows, Tensor class_fraction, " + GRADIENTS,
     communicates=True,
 )
 def linear_loss(input, weight, bias, target, row_scale, param, *plain):
-    """Loss (...), rows (6, ...), class_fraction [], and the gradients of the sum that are needed of the head's tensors.
+    """Loss (...), rows (F, ...), class_fraction [], and the gradients of the sum that are needed of the head's tensors.
 
     class_fraction: mean share of the classes that took part in the gradients' matmuls.
     """
     form, chunks, dtype, backend, needs, rows_spread, sizes, group = _opened(plain)
-    form = form_of(*form)
     row_operations = backend_of(backend, input)
     head = Head(input, weight, bias, dtype)
     flat_target, flat_scale = flat(target), flat(row_scale)
@@ -81,15 +83,15 @@ def linear_loss(input, weight, bias, target, row_scale, param, *plain):
     dinput, dweight, dbias = gradients
     class_fraction = torch.full((), class_fraction, dtype=torch.float32, device=loss.device)
     return (
-        shaped(loss, target.shape), shaped(rows, (N_FIELDS, *target.shape)), class_fraction,
+        shaped(loss, target.shape), shaped(rows, (len(rows), *target.shape)), class_fraction,
         shaped(dinput, input.shape if needs[0] else (0,)), dweight, dbias,
     )  # fmt: skip
 
 
 def _linear_loss(head, target, row_scale, param, form, chunks, backend, row_operations, needs):
-    """Loss [N], rows [6, N], class_fraction, gradients, where all classes are here."""
+    """Loss [N], rows [F, N], class_fraction, gradients, where all classes are here."""
     loss = row_scale.new_zeros(len(target))
-    rows = row_scale.new_zeros(N_FIELDS, len(target))
+    rows = row_scale.new_zeros(n_fields(form.entropy), len(target))
     gradients = gradients_for(head, needs, chunks, row_operations, form, row_scale, rows)
 
     def row_loss(logits, chunk):
@@ -115,7 +117,7 @@ def _linear_loss(head, target, row_scale, param, form, chunks, backend, row_oper
 
 @linear_loss.register_fake
 def _(input, weight, bias, target, row_scale, param, *plain):
-    rows = row_scale.new_empty((N_FIELDS, *target.shape))
+    rows = row_scale.new_empty((n_fields(_opened(plain)[0].entropy), *target.shape))
     class_fraction = row_scale.new_empty((), dtype=torch.float32)
     return row_scale.new_empty(target.shape), rows, class_fraction, *_fake_gradients(input, weight, plain)
 
@@ -129,10 +131,9 @@ def _(input, weight, bias, target, row_scale, param, *plain):
 def linear_gradients(input, weight, bias, target, row_grad, rows, *plain):
     """The gradients that are needed, from logits made again, for row_grad (...) = upstream gradient * row_scale."""
     form, chunks, dtype, backend, needs, rows_spread, sizes, group = _opened(plain)
-    form = form_of(*form)
     row_operations = backend_of(backend, input)
     head = Head(input, weight, bias, dtype)
-    of_rows = flat(target), flat(row_grad), rows.reshape(N_FIELDS, -1)
+    of_rows = flat(target), flat(row_grad), flat_rows(rows)
     if group is not None:
         dinput, dweight, dbias = linear_ranks.linear_gradients(
             head, *of_rows, form, chunks, backend, row_operations, needs, Shards(group, sizes), rows_spread
@@ -183,7 +184,7 @@ def _flops(input_shape, weight_shape, *arguments, out_shape=None, **_) -> int:
 
 
 class LinearLossAndGradients(Function):
-    """Sum of the losses [], rows (6, ...), class_fraction [], and the gradients for an upstream gradient of 1.
+    """Sum of the losses [], rows (F, ...), class_fraction [], and the gradients for an upstream gradient of 1.
 
     `may_vanish`: the upstream gradient may be the 0 of a mean over nothing, which undoes NaN as well.
     """
@@ -198,7 +199,7 @@ class LinearLossAndGradients(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *_, ctx.backend, ctx.needs, _, _, _, ctx.may_vanish = inputs
+        *_, ctx.backend, ctx.needs, _, _, _, _, ctx.may_vanish = inputs
         _, rows, class_fraction, *gradients = output
         ctx.mark_non_differentiable(class_fraction, *gradients)
         ctx.set_materialize_grads(False)
@@ -232,18 +233,18 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, memory, backen
 
 
 class LinearRowLoss(Function):
-    """Losses (...), rows (6, ...), class_fraction []; the gradients are made in backward, from logits made again."""
+    """Losses (...), rows (F, ...), class_fraction []; the gradients are made in backward, from logits made again."""
 
     generate_vmap_rule = True
 
     @forward_method
     def forward(input, weight, bias, *arguments):
-        *arguments, _, rows_spread, sizes, group, _ = arguments
-        return linear_loss(input, weight, bias, *arguments, [False] * 3, rows_spread, sizes, group)[:3]
+        *arguments, _, rows_spread, sizes, group, entropy, _ = arguments
+        return linear_loss(input, weight, bias, *arguments, [False] * 3, rows_spread, sizes, group, entropy)[:3]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, weight, bias, target, row_scale, _, *ctx.plain, sizes, ctx.group, _ = inputs
+        input, weight, bias, target, row_scale, _, *ctx.plain, sizes, ctx.group, _, _ = inputs
         _, rows, class_fraction = output
         *_, ctx.needs, _ = ctx.plain
         ctx.mark_non_differentiable(class_fraction)
@@ -288,8 +289,8 @@ class _EagerRowLoss(LinearRowLoss):
 def loss_and_rows(
     input: Tensor, weight: Tensor, bias: Tensor | None, *arguments, in_forward: bool, may_vanish: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, per row (...) or the sum [] where the gradients are made in forward; rows (6, ...); class_fraction []."""
-    *_, needs, _, _, _ = arguments
+    """Loss, per row (...) or the sum [] where the gradients are made in forward; rows (F, ...); class_fraction []."""
+    *_, needs, _, _, _, _ = arguments
     if not any(needs):
         return linear_loss(input, weight, bias, *arguments)[:3]
     if torch.compiler.is_compiling():

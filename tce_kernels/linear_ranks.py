@@ -18,7 +18,7 @@ from .gradients import Gradients, gradients_for
 from .head import Head, auto_chunk_size
 from .options import Chunks, Form
 from .shards import Shards, SpreadRows
-from .stats import COEF, N_FIELDS
+from .stats import COEF, n_fields
 
 
 def _chunk_size(chunks: Chunks, n_rows: int, head: Head, shards: Shards) -> int:
@@ -39,7 +39,7 @@ def linear_loss(
     head: Head, target: Tensor, row_scale: Tensor, param: Tensor | None, form: Form, chunks: Chunks, backend: str,
     row_operations: ModuleType, needs: Sequence[bool], shards: Shards, rows_spread: bool,
 ) -> tuple[Tensor, Tensor, float, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss [n], rows [6, n], class_fraction and gradients of this rank's rows [n] and classes."""
+    """Loss [n], rows [F, n], class_fraction and gradients of this rank's rows [n] and classes."""
     live = target != form.ignore_index
     if rows_spread:
         spread = SpreadRows(shards, live)
@@ -55,7 +55,7 @@ def linear_loss(
             check_target(part, shards.n_classes, form.ignore_index, of_rank)
     target, form = shards.local(target, form.ignore_index), form.local()
     loss = row_scale.new_zeros(len(target))
-    rows = row_scale.new_zeros(N_FIELDS, len(target))
+    rows = row_scale.new_zeros(n_fields(form.entropy), len(target))
     gradients = gradients_for(head, needs, chunks, row_operations, form, row_scale, rows, shards, rows_spread)
 
     write_dlogits = _dlogits_writer(row_operations, target, row_scale, rows, form, shards, gradients)

@@ -12,7 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import DTYPES, check_choice, check_constant, check_flag, check_group, check_number, check_tensor
+from .checks import (
+    DTYPES,
+    check_choice,
+    check_constant,
+    check_flag,
+    check_group,
+    check_number,
+    check_stats,
+    check_tensor,
+)
 
 # The target of an ignored row where targets count from the first class of a rank, and may be negative.
 IGNORED = -(2**63)
@@ -104,10 +113,15 @@ class Form(NamedTuple):
     label_smoothing: float
     softcap: float | None
     logit_scale: float
+    entropy: bool = False  # in `rows`; the last argument of an operator
 
     def local(self) -> "Form":
         """The same for targets that count from the first class of a rank."""
         return self._replace(ignore_index=IGNORED)
+
+    def plain(self) -> tuple:
+        """As FORM_SCHEMA has it."""
+        return self[:N_PLAIN]
 
 
 # The same as arguments of an operator. A Scalar, unlike a float, may be symbolic in a compiled graph.
@@ -117,12 +131,17 @@ FORM_SCHEMA = (
 )
 
 
-def form_of(rule, param_number, alpha, ignore_index, z_loss, label_smoothing, softcap, logit_scale) -> Form:
+N_PLAIN = len(Form._fields) - 1
+
+
+def form_of(
+    rule, param_number, alpha, ignore_index, z_loss, label_smoothing, softcap, logit_scale, entropy=False
+) -> Form:
     """The form that an operator was called with: numbers of any kind become floats, as the kernels take them."""
     param_number = None if param_number is None else float(param_number)
     softcap = None if softcap is None else float(softcap)
     numbers = float(z_loss), float(label_smoothing), softcap, float(logit_scale)
-    return Form(rule, param_number, float(alpha), ignore_index, *numbers)
+    return Form(rule, param_number, float(alpha), ignore_index, *numbers, entropy)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -140,7 +159,7 @@ class LossOptions:
     softcap: float | None = None
     logit_scale: float = 1.0
     allow_retain_graph: bool = False
-    return_stats: bool = False
+    return_stats: bool | str = False
     backend: str = "auto"
     group: "torch.distributed.ProcessGroup | None" = None
 
@@ -157,7 +176,7 @@ class LossOptions:
         check_choice("reduction", self.reduction, ("mean", "sum", "none"))
         check_choice("backend", self.backend, BACKENDS)
         check_flag("allow_retain_graph", self.allow_retain_graph)
-        check_flag("return_stats", self.return_stats)
+        check_stats("return_stats", self.return_stats)
         self._check_denominator()
         check_number("label_smoothing", self.label_smoothing, "in [0, 1]", lambda x: (x < 0, x > 1, x != x))
         check_number("z_loss", self.z_loss, "a finite number >= 0", _negative_or_not_finite)
@@ -193,6 +212,11 @@ class LossOptions:
         return isinstance(self.denominator, str) and self.denominator == "kept"
 
     @property
+    def entropy(self) -> bool:
+        """Whether the statistics have the entropy."""
+        return self.return_stats == "entropy"
+
+    @property
     def group_name(self) -> str | None:
         """What operators know the group by; None where there is one rank, and nothing to be told."""
         return None if self.group is None or self.group.size() == 1 else self.group.group_name
@@ -210,7 +234,8 @@ class LossOptions:
     def form(self) -> Form:
         rule = self.rule
         of_rule = rule.name, rule.param_number(), rule.alpha
-        return Form(*of_rule, self.ignore_index, self.z_loss, self.label_smoothing, self.softcap, self.logit_scale)
+        numbers = self.z_loss, self.label_smoothing, self.softcap, self.logit_scale
+        return Form(*of_rule, self.ignore_index, *numbers, self.entropy)
 
     def of_reference(self) -> dict:
         """The options that say what is computed, by name; the others say how."""
@@ -223,6 +248,7 @@ class LossOptions:
         """The options that must be the same on all ranks of the group, by name: numbers, and texts of the others."""
         own = ("rule", "return_stats", "inplace", "group")
         values = {**vars(self.rule), **{f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}}
+        values["entropy in return_stats"] = self.entropy  # which ranks gather
         return {name: _to_compare(value) for name, value in values.items()}
 
     def checked_by_ranks(self) -> list:

@@ -89,7 +89,7 @@ def _loss(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    return_stats: bool = False,
+    return_stats: bool | str = False,
 ):
     with torch.no_grad():
         logits = logits_of(None)
@@ -133,7 +133,10 @@ def _loss(
     loss = torch.where(kept & ~dead, row_weight * loss, 0)
     if reduction != "none":
         loss = loss.sum() / divisor.masked_fill(divisor == 0, 1)
-    return (loss, _stats(whole, target, bad, valid, kept)) if return_stats else loss
+    if not return_stats:
+        return loss
+    entropy = _entropy(whole).masked_fill(~valid, 0) if return_stats == "entropy" else None
+    return loss, _stats(whole, target, bad, valid, kept, entropy)
 
 
 def _checked(target: Tensor, valid: Tensor, V: int) -> tuple[Tensor, Tensor]:
@@ -147,7 +150,7 @@ def _checked(target: Tensor, valid: Tensor, V: int) -> tuple[Tensor, Tensor]:
     return target.masked_fill(bad | ~valid, 0), bad
 
 
-def _stats(z: Tensor, target: Tensor, bad: Tensor, valid: Tensor, kept: Tensor) -> LossStats:
+def _stats(z: Tensor, target: Tensor, bad: Tensor, valid: Tensor, kept: Tensor, entropy: Tensor | None) -> LossStats:
     log_prob = F.log_softmax(z, dim=-1).gather(-1, target[..., None]).squeeze(-1).masked_fill(bad, math.nan)
     correct = z.gather(-1, target[..., None]).squeeze(-1) == z.amax(-1)
     return LossStats(
@@ -159,4 +162,12 @@ def _stats(z: Tensor, target: Tensor, bad: Tensor, valid: Tensor, kept: Tensor) 
         n_valid=valid.sum(),
         n_kept=kept.sum(),
         class_fraction=torch.ones((), dtype=torch.float32, device=z.device),
+        entropy=entropy,
     )
+
+
+def _entropy(z: Tensor) -> Tensor:
+    """-sum p log p, in which a class without probability counts 0."""
+    log_probs = F.log_softmax(z, dim=-1)
+    p = log_probs.exp()
+    return -torch.where(p == 0, 0, p * log_probs).sum(-1)

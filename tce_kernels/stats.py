@@ -4,12 +4,24 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# What the kernels keep of each row: the fields of `rows` (6, ...), for backward and for the statistics.
-LOG_PROB, LSE, COEF, ROW_MAX, SUM_EXP, CORRECT = range(6)
+# What the kernels keep of each row: the fields of `rows` (6, ...), for backward and for the statistics. The entropy
+# follows, as a seventh, where it is asked for.
+LOG_PROB, LSE, COEF, ROW_MAX, SUM_EXP, CORRECT, ROW_ENTROPY = range(7)
 N_FIELDS = 6
-# What is summed up of each part of a row, `sums` (3 or 4, ...): largest u, sum of exp((u - largest) unit), u of the
-# target (NaN if it is not in that part) and, with label smoothing, sum of u; see `sweeps` for u and unit.
+# What is summed up of each part of a row, `sums` (F, ...): largest u, sum of exp((u - largest) unit), u of the target
+# (NaN if it is not in that part); with label smoothing the sum of u; and last, where it is asked for, the entropy of
+# the part by itself. See `sweeps` for u and unit.
 SHARD_MAX, SHARD_SUM_EXP, SHARD_TARGET, SHARD_SUM = range(4)
+
+
+def n_fields(entropy: bool) -> int:
+    """Fields of `rows`."""
+    return N_FIELDS + entropy
+
+
+def n_sums(smoothing: bool, entropy: bool) -> int:
+    """Fields of `sums`."""
+    return SHARD_SUM + smoothing + entropy
 
 
 class LossStats(NamedTuple):
@@ -21,8 +33,8 @@ class LossStats(NamedTuple):
         kept: bool, the rows that have a gradient: not truncated, not ignored, not of zero weight.
         correct: bool, the target's logit is the largest of its row; False for ignored rows.
         valid: bool, the rows that are not ignored.
-        entropy: of the predicted distribution, in nats, dtype as log_prob; 0 for ignored rows. None unless asked for by
-            return_stats="entropy".
+        entropy: of the predicted distribution softmax(z), in nats, dtype as log_prob; 0 for ignored rows. None unless
+            return_stats is "entropy".
     0-d int64:
         n_valid, n_kept: how many rows are valid, and kept.
     0-d float32:
@@ -71,4 +83,5 @@ def from_rows(rows: Tensor, valid: Tensor, class_fraction: Tensor) -> LossStats:
         n_valid=valid.sum(),
         n_kept=kept.sum(),
         class_fraction=class_fraction,
+        entropy=rows[ROW_ENTROPY].clone() if len(rows) > ROW_ENTROPY else None,
     )

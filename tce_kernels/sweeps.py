@@ -8,6 +8,10 @@ A row costs two sweeps: the first finds its maximum and sum of exponentials, the
 Logits enter as u, with z = unit * u: u = x and unit = logit_scale, or, under a softcap,
 u = tanh(logit_scale x / softcap) and unit = softcap. exp(z - max z) is then exp2((u - max u) * unit log2(e)) in
 both cases, and a logit scale costs nothing per logit.
+
+The entropy, where it is asked for, comes from the first sweep as well: with exponents e = (z - max z) log2(e), sum S of
+2^e and sum M of e 2^e it is ln S - ln 2 M / S. No term of these sums, and no step to a new maximum, changes sign, so
+nothing cancels. What has no probability, logits of -inf among it, adds 0.
 """
 
 import triton
@@ -16,6 +20,8 @@ import triton.language as tl
 from . import stats
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+LEAST = tl.constexpr(-150.0)  # exponents below it are as good as it: 2 to their power is 0 in float32
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 TINY = tl.constexpr(1e-37)
 HUGE = tl.constexpr(2.0**31)
@@ -26,6 +32,7 @@ EDGE_LOGITS_PER_THREAD = tl.constexpr(8)  # of masked blocks, so that little of 
 
 LOG_PROB, LSE, COEF = tl.constexpr(stats.LOG_PROB), tl.constexpr(stats.LSE), tl.constexpr(stats.COEF)
 ROW_MAX, SUM_EXP, CORRECT = tl.constexpr(stats.ROW_MAX), tl.constexpr(stats.SUM_EXP), tl.constexpr(stats.CORRECT)
+ROW_ENTROPY = tl.constexpr(stats.ROW_ENTROPY)
 SHARD_MAX, SHARD_SUM_EXP = tl.constexpr(stats.SHARD_MAX), tl.constexpr(stats.SHARD_SUM_EXP)
 SHARD_TARGET, SHARD_SUM = tl.constexpr(stats.SHARD_TARGET), tl.constexpr(stats.SHARD_SUM)
 
@@ -147,23 +154,48 @@ def _fused(scale, row_max):
 
 
 @triton.jit
+def moment_of(exponent, exp):
+    """exponent exp, with exp = 2^exponent; 0 where that is 0. NaN of the exponent is in exp as well."""
+    return tl.maximum(exponent, LEAST) * exp
+
+
+@triton.jit
+def _moved(moment, sum_exp, step):
+    """Sum of (e + step) 2^e, from those of e 2^e and 2^e; its factor 2^step is the caller's."""
+    return tl.fma(tl.maximum(step, LEAST), sum_exp, moment)
+
+
+@triton.jit
+def entropy_of(sum_exp, moment):
+    """Entropy of the distribution with these sums of 2^e and e 2^e. NaN passes."""
+    entropy = tl.log(sum_exp) - moment * LN_2 / sum_exp
+    return tl.where(entropy < 0.0, 0.0, entropy)
+
+
+@triton.jit
 def _accumulate(
-    max_u, sum_exp, sum_u, u, mask, scale, FITS: tl.constexpr, SMOOTHING: tl.constexpr, VECTOR: tl.constexpr,
+    max_u, sum_exp, sum_u, moment, u, mask, scale,
+    FITS: tl.constexpr, SMOOTHING: tl.constexpr, ENTROPY: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Take one block of u into the maxima and sums [THREADS], one a thread, so that none waits for another."""
     parts: tl.constexpr = (u.shape[0] // (max_u.shape[0] * VECTOR), max_u.shape[0], VECTOR)
     new_max = tl.maximum(max_u, tl.max(tl.max(tl.reshape(u, parts), 2), 0))
     if FITS:
         pivot = _pivot(new_max, scale)
-        exps = tl.exp2(tl.fma(tl.reshape(u, parts), scale, -pivot[None, :, None]))
-        sum_exp *= tl.exp2(_pivot(max_u, scale) - pivot)
+        exponents = tl.fma(tl.reshape(u, parts), scale, -pivot[None, :, None])
+        step = _pivot(max_u, scale) - pivot
     else:
-        exps = tl.exp2((tl.reshape(u, parts) - new_max[None, :, None]) * scale)
-        sum_exp *= tl.exp2((max_u - new_max) * scale)
+        exponents = (tl.reshape(u, parts) - new_max[None, :, None]) * scale
+        step = (max_u - new_max) * scale
+    exps = tl.exp2(exponents)
+    if ENTROPY:
+        moment = _moved(moment, sum_exp, step) * tl.exp2(step)
+        moment += tl.sum(tl.sum(moment_of(exponents, exps), 2), 0)
+    sum_exp *= tl.exp2(step)
     sum_exp += tl.sum(tl.sum(exps, 2), 0)
     if SMOOTHING:
         sum_u += tl.sum(tl.sum(tl.reshape(tl.where(mask, u, 0.0), parts), 2), 0)
-    return new_max, sum_exp, sum_u
+    return new_max, sum_exp, sum_u, moment
 
 
 @triton.jit
@@ -174,21 +206,25 @@ def sum_of_products(x, y):
 
 @triton.jit
 def _sweep(
-    row_ptr, V, logit_scale, softcap, scale, split, n_splits, FITS: tl.constexpr, SOFTCAP: tl.constexpr,
-    SMOOTHING: tl.constexpr, PEEL: tl.constexpr, VECTOR: tl.constexpr, BLOCK_V: tl.constexpr, THREADS: tl.constexpr,
+    row_ptr, V, logit_scale, softcap, scale, split, n_splits,
+    FITS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, ENTROPY: tl.constexpr,
+    PEEL: tl.constexpr, VECTOR: tl.constexpr, BLOCK_V: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """`sweep` for a maximum that fits, or of which the result shows that it does not; otherwise for any maximum."""
     # A finite start: nothing becomes NaN where a whole block is -inf, and a whole row of -inf still does.
     max_u = tl.full([THREADS], LOWEST, tl.float32)
     sum_exp = tl.zeros([THREADS], tl.float32)
     sum_u = tl.zeros([THREADS], tl.float32)
+    moment = tl.zeros([THREADS], tl.float32)
     EDGE_V: tl.constexpr = EDGE_LOGITS_PER_THREAD * THREADS
     head, body = _peel(row_ptr, V, BLOCK_V, PEEL)
     body_ptr = _body(row_ptr, head, PEEL)
     for start in range(split * BLOCK_V, body, n_splits * BLOCK_V):
         # The row is wanted again for the gradient: let it stay in L2.
         u = lift(_load(body_ptr + start, "evict_last", VECTOR, BLOCK_V), logit_scale, softcap, SOFTCAP)
-        max_u, sum_exp, sum_u = _accumulate(max_u, sum_exp, sum_u, u, True, scale, FITS, SMOOTHING, VECTOR)
+        max_u, sum_exp, sum_u, moment = _accumulate(
+            max_u, sum_exp, sum_u, moment, u, True, scale, FITS, SMOOTHING, ENTROPY, VECTOR
+        )
     for start in range(split * EDGE_V, V - body, n_splits * EDGE_V):
         cols = _edge(start, head, body, EDGE_V, PEEL)
         mask = cols < V
@@ -196,49 +232,59 @@ def _sweep(
         u = lift(x, logit_scale, softcap, SOFTCAP)
         if SOFTCAP:
             u = tl.where(mask, u, -float("inf"))
-        max_u, sum_exp, sum_u = _accumulate(
-            max_u, sum_exp, sum_u, u, mask, scale, FITS, SMOOTHING, 1 if PEEL else VECTOR
+        max_u, sum_exp, sum_u, moment = _accumulate(
+            max_u, sum_exp, sum_u, moment, u, mask, scale, FITS, SMOOTHING, ENTROPY, 1 if PEEL else VECTOR
         )
     row_max = tl.max(max_u, 0)
     if FITS:
         pivot = _pivot(row_max, scale)
-        sum_exp = sum_of_products(sum_exp, tl.exp2(_pivot(max_u, scale) - pivot))
+        step = _pivot(max_u, scale) - pivot
+    else:
+        step = (max_u - row_max) * scale
+    entropy = 0.0
+    if ENTROPY:
+        row_moment = sum_of_products(_moved(moment, sum_exp, step), tl.exp2(step))
+    sum_exp = sum_of_products(sum_exp, tl.exp2(step))
+    if ENTROPY:
+        entropy = entropy_of(sum_exp, row_moment)
+    if FITS:
         # From the rounded pivot to the maximum; exactly 1 if that is all there is.
         sum_exp = tl.div_rn(sum_exp, tl.exp2(tl.fma(row_max, scale, -pivot)))
-    else:
-        sum_exp = sum_of_products(sum_exp, tl.exp2((max_u - row_max) * scale))
     if SMOOTHING:
         row_sum = tl.sum(sum_u, 0)
     else:
         row_sum = 0.0
-    return row_max, sum_exp, row_sum
+    return row_max, sum_exp, row_sum, entropy
 
 
 @triton.jit
 def sweep(
-    row_ptr, V, logit_scale, softcap, scale, split, n_splits, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr,
+    row_ptr, V, logit_scale, softcap, scale, split, n_splits,
+    SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, ENTROPY: tl.constexpr,
     PEEL: tl.constexpr, VECTOR: tl.constexpr, BLOCK_V: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """Maximum of u, sum of exp2((u - maximum) scale) and sum of u (label smoothing only) over one split of a row.
+    """Maximum of u, sum of exp2((u - maximum) scale), sum of u (label smoothing only) and entropy (ENTROPY only) of one
+    split of a row.
 
-    The sum is 0 and the maximum LOWEST where there is no column, or nothing but -inf.
+    The sum is 0, the entropy NaN and the maximum LOWEST where there is no column, or nothing but -inf.
     """
-    row_max, sum_exp, sum_u = _sweep(
+    row_max, sum_exp, sum_u, entropy = _sweep(
         row_ptr, V, logit_scale, softcap, scale, split, n_splits, True,
-        SOFTCAP, SMOOTHING, PEEL, VECTOR, BLOCK_V, THREADS,
+        SOFTCAP, SMOOTHING, ENTROPY, PEEL, VECTOR, BLOCK_V, THREADS,
     )  # fmt: skip
     if tl.abs(row_max * scale) >= HUGE:  # the fused product's rounding is out of exp2's reach
-        row_max, sum_exp, sum_u = _sweep(
+        row_max, sum_exp, sum_u, entropy = _sweep(
             row_ptr, V, logit_scale, softcap, scale, split, n_splits, False,
-            SOFTCAP, SMOOTHING, PEEL, VECTOR, BLOCK_V, THREADS,
+            SOFTCAP, SMOOTHING, ENTROPY, PEEL, VECTOR, BLOCK_V, THREADS,
         )  # fmt: skip
-    return row_max, sum_exp, sum_u
+    return row_max, sum_exp, sum_u, entropy
 
 
 @triton.jit
 def store_row(
     loss_ptr, rows_ptr, row, N, n_classes, target_u, row_max, sum_exp, sum_u, live, row_scale,
     param, alpha, z_loss, label_smoothing, unit, RULE: tl.constexpr, SMOOTHING: tl.constexpr,
+    entropy=0.0, ENTROPY: tl.constexpr = False,
 ):  # fmt: skip
     """Apply the rule to one row and store its loss and its `rows`; zeros if it is not live (ignored)."""
     N = tl.cast(N, tl.int64)  # the last fields are up to 5 N away
@@ -264,6 +310,8 @@ def store_row(
     tl.store(rows_ptr + ROW_MAX * N + row, tl.where(live, row_max, 0.0))
     tl.store(rows_ptr + SUM_EXP * N + row, tl.where(live, sum_exp, 0.0))
     tl.store(rows_ptr + CORRECT * N + row, tl.where(live & correct, 1.0, 0.0))
+    if ENTROPY:
+        tl.store(rows_ptr + ROW_ENTROPY * N + row, tl.where(live, entropy, 0.0))
     return lse, coef
 
 

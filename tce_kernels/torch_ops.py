@@ -8,7 +8,18 @@ import math
 
 import torch
 
-from .stats import COEF, LSE, N_FIELDS, ROW_MAX, SHARD_MAX, SHARD_SUM, SHARD_SUM_EXP, SHARD_TARGET, SUM_EXP
+from .stats import (
+    COEF,
+    LSE,
+    ROW_MAX,
+    SHARD_MAX,
+    SHARD_SUM,
+    SHARD_SUM_EXP,
+    SHARD_TARGET,
+    SUM_EXP,
+    n_fields,
+    n_sums,
+)
 
 # Logits in a block of rows: few enough that a block stays in reach of the caches from one operation to the next,
 # enough that the cost of calling PyTorch does not show. Measured for 1024 x 49152 float32 on two cores of a Xeon with
@@ -124,32 +135,37 @@ def _write_gradient(out, selected, p, z, target, row_grad, rows, form, n_classes
         out.copy_(gradient)
 
 
-def _softmax(z, p, row_max):
-    """Write the softmax of z [R, V] to p, which may be z, and its maxima to row_max [R]."""
+def _softmax(z, p, entropy):
+    """Write the softmax of z [R, V] to p, which may be z. Returns maxima of z [R] and, if asked for, entropies [R]."""
+    row_max, row_entropy = z.new_empty(len(z)), z.new_empty(len(z) if entropy else 0)
     step = max(CACHED_LOGITS // z.shape[1], 1)
-    for some_z, some_max, some_p in zip(z.split(step), row_max.split(step), p.split(step), strict=True):
-        torch.amax(some_z, 1, out=some_max)
-        torch.softmax(some_z, 1, out=some_p)
+    for start in range(0, len(z), step):
+        some = slice(start, start + step)
+        torch.amax(z[some], 1, out=row_max[some])
+        torch.softmax(z[some], 1, out=p[some])
+        if entropy:
+            torch.sum(torch.special.entr(p[some]), 1, out=row_entropy[some])
+    return row_max, row_entropy if entropy else None
 
 
 def _losses(z, p, target, row_scale, param, form):
-    """Loss [R] and rows [6, R] of z [R, V], none ignored; its softmax goes to p, which may be z, then lost."""
+    """Loss [R] and rows [F, R] of z [R, V], none ignored; its softmax goes to p, which may be z, then lost."""
     V = z.shape[1]
     index = target.clamp(0, V - 1)[:, None]
-    target_z, row_max = z.gather(1, index).squeeze(1), z.new_empty(len(z))
+    target_z = z.gather(1, index).squeeze(1)
     mean_z = z.mean(1) if form.label_smoothing else None
-    _softmax(z, p, row_max)
+    row_max, row_entropy = _softmax(z, p, form.entropy)
     target_p = p.gather(1, index).squeeze(1)
     log_sum = target_z - row_max - target_p.log()
     underflowed = ~(target_p > 1e-30)  # or NaN: there the target's p says nothing about the sum
     if underflowed.any():
         log_sum[underflowed] = -p[underflowed].amax(1).log()
     target_z = torch.where((target >= 0) & (target < V), target_z, math.nan)
-    return _apply_rule(target_z, row_max, log_sum, log_sum.exp(), mean_z, row_scale, param, form)
+    return _apply_rule(target_z, row_max, log_sum, log_sum.exp(), mean_z, row_entropy, row_scale, param, form)
 
 
-def _apply_rule(target_z, row_max, log_sum, sum_exp, mean_z, row_scale, param, form):
-    """Loss [R] and rows [6, R] from what is known of each row."""
+def _apply_rule(target_z, row_max, log_sum, sum_exp, mean_z, row_entropy, row_scale, param, form):
+    """Loss [R] and rows [F, R] from what is known of each row."""
     lse = torch.where(row_max == -math.inf, row_max, row_max + log_sum)
     log_prob = target_z - row_max - log_sum
     log_prob = torch.where(log_prob > 0, 0, log_prob)  # rounding above 0 must not drop a row at threshold 1
@@ -162,7 +178,8 @@ def _apply_rule(target_z, row_max, log_sum, sum_exp, mean_z, row_scale, param, f
         phi = phi + form.z_loss * lse * lse
     loss = torch.where(coef == 0, 0, row_scale * phi)
     correct = (target_z == row_max) & ~log_prob.isnan()
-    return loss, torch.stack([log_prob, lse, coef, row_max, sum_exp, correct.to(loss.dtype)])
+    fields = [log_prob, lse, coef, row_max, sum_exp, correct.to(loss.dtype)]
+    return loss, torch.stack(fields if row_entropy is None else [*fields, row_entropy])
 
 
 def loss_and_dlogits(logits, target, row_scale, param, form, out):
@@ -170,7 +187,7 @@ def loss_and_dlogits(logits, target, row_scale, param, form, out):
     N = target.numel()
     dtype = compute_dtype(logits.dtype)
     loss = torch.zeros(N, dtype=dtype, device=logits.device)
-    rows = torch.zeros(N_FIELDS, N, dtype=dtype, device=logits.device)
+    rows = torch.zeros(n_fields(form.entropy), N, dtype=dtype, device=logits.device)
     block = _Block(logits, form)
     for row, index in _blocks(logits, block.n_rows):
         live = target[row] != form.ignore_index
@@ -185,15 +202,16 @@ def loss_and_dlogits(logits, target, row_scale, param, form, out):
 
 
 def row_loss(logits, target, row_scale, param, form):
-    """logits [outer, inner, V], target and row_scale [N], param [] or None (the form's): loss [N] and rows [6, N]."""
+    """logits [outer, inner, V], target and row_scale [N], param [] or None (the form's): loss [N] and rows [F, N]."""
     return loss_and_dlogits(logits, target, row_scale, param, form, None)
 
 
 def shard_sums(logits, target, form):
-    """What is known here of rows that go on elsewhere, `sums` [3 or 4, N]; a target may be elsewhere too."""
+    """What is known here of rows that go on elsewhere, `sums` [F, N]; a target may be elsewhere too."""
     V = logits.shape[2]
     dtype = compute_dtype(logits.dtype)
-    sums = torch.zeros(4 if form.label_smoothing else 3, target.numel(), dtype=dtype, device=logits.device)
+    n = n_sums(form.label_smoothing != 0, form.entropy)
+    sums = torch.zeros(n, target.numel(), dtype=dtype, device=logits.device)
     sums[SHARD_MAX], sums[SHARD_TARGET] = -math.inf, math.nan
     if V == 0:
         return sums
@@ -201,27 +219,34 @@ def shard_sums(logits, target, form):
     for row, index in _blocks(logits, block.n_rows):
         live = target[row] != form.ignore_index
         z, p = block.load(_select(logits[index], None if live.all() else live))
-        block_target, row_max = target[row][live], z.new_empty(len(z))
+        block_target = target[row][live]
         target_z = z.gather(1, block_target.clamp(0, V - 1)[:, None]).squeeze(1)
         here = (block_target >= 0) & (block_target < V)
-        of_block = [row_max, None, torch.where(here, target_z, math.nan)]
+        of_target = [torch.where(here, target_z, math.nan)]
         if form.label_smoothing:
-            of_block.append(z.sum(1))
-        _softmax(z, p, row_max)
-        of_block[SHARD_SUM_EXP] = torch.where(row_max == -math.inf, 0, p.amax(1).reciprocal())
+            of_target.append(z.sum(1))
+        row_max, row_entropy = _softmax(z, p, form.entropy)
+        of_block = [row_max, torch.where(row_max == -math.inf, 0, p.amax(1).reciprocal()), *of_target]
+        if form.entropy:
+            of_block.append(row_entropy)
         sums[:, row][:, live] = torch.stack(of_block)
     return sums
 
 
 def row_loss_of_sums(sums, target, row_scale, param, form, n_classes):
-    """`row_loss` of rows of n_classes in parts, from the `sums` [p, 3 or 4, N] of all of them."""
+    """`row_loss` of rows of n_classes in parts, from the `sums` [p, F, N] of all of them."""
     part_max, part_sum_exp, part_target = sums[:, SHARD_MAX], sums[:, SHARD_SUM_EXP], sums[:, SHARD_TARGET]
     row_max = part_max.amax(0)
-    sum_exp = torch.where(part_sum_exp == 0, 0, part_sum_exp * (part_max - row_max).exp()).sum(0)
+    part_sum_exp = torch.where(part_sum_exp == 0, 0, part_sum_exp * (part_max - row_max).exp())
+    sum_exp = part_sum_exp.sum(0)
+    row_entropy = None
+    if form.entropy:  # of the parts, each times its share of the row, and of the shares
+        share = part_sum_exp / sum_exp
+        row_entropy = torch.where(share == 0, 0, share * sums[:, -1] + torch.special.entr(share)).sum(0)
     elsewhere = part_target.isnan()
     target_z = torch.where(elsewhere.all(0), math.nan, torch.where(elsewhere, 0, part_target).sum(0))
     mean_z = sums[:, SHARD_SUM].sum(0) / n_classes if form.label_smoothing else None
-    loss, rows = _apply_rule(target_z, row_max, sum_exp.log(), sum_exp, mean_z, row_scale, param, form)
+    loss, rows = _apply_rule(target_z, row_max, sum_exp.log(), sum_exp, mean_z, row_entropy, row_scale, param, form)
     live = target != form.ignore_index
     return torch.where(live, loss, 0), torch.where(live, rows, 0)
 
@@ -252,7 +277,7 @@ def dlogits(logits, target, row_grad, rows, form, out, n_classes=None):
 def loss_and_kept_dlogits(logits, target, row_scale, param, form, count=None):
     """Loss and gradient of the logits [1, n, V], no row of which is ignored, for an upstream gradient of 1, packed.
 
-    Returns loss [n], rows [6, n], kept [K]: row i < K of the logits now holds the gradient of row kept[i]; and, as
+    Returns loss [n], rows [F, n], kept [K]: row i < K of the logits now holds the gradient of row kept[i]; and, as
     numbers, what count(dlogits, target, row_scale, rows) has found out about those rows, if it is given.
     """
     x = logits[0]

@@ -143,6 +143,11 @@ def _flags(form):
     return {"SOFTCAP": form.softcap is not None, "SMOOTHING": form.label_smoothing != 0.0}
 
 
+def _entropy(form):
+    """For the kernels that can have it. Without it they are launched, and compiled, as if there were no such flag."""
+    return {"ENTROPY": True} if form.entropy else {}
+
+
 def _param(param, form):
     """The rule's parameter as kernels take it: by value, or in memory."""
     return form.param_number if param is None else param
@@ -186,7 +191,7 @@ def _plan_of_loss_and_dlogits(logits, out):
 
 
 def row_loss(logits, target, row_scale, param, form):
-    """logits [outer, inner, V], target and row_scale [N] -> loss [N] and rows [6, N], both float32.
+    """logits [outer, inner, V], target and row_scale [N] -> loss [N] and rows [F, N], both float32.
 
     param []: the rule's parameter, or None where the form has it as a number.
     """
@@ -197,20 +202,19 @@ def row_loss(logits, target, row_scale, param, form):
         sums = _split_sums(logits, target, form, n_splits, strides, options)
         return row_loss_of_sums(sums, target, row_scale, param, form, V)
     loss = torch.empty(N, dtype=torch.float32, device=logits.device)
-    rows = torch.empty(stats.N_FIELDS, N, dtype=torch.float32, device=logits.device)
+    rows = torch.empty(stats.n_fields(form.entropy), N, dtype=torch.float32, device=logits.device)
     if N:
         with _device(logits):
             kernels.row_loss_kernel[(N,)](
                 logits, target, row_scale, _param(param, form), loss, rows, *strides, inner, N, V,
                 form.ignore_index, form.alpha, form.z_loss, form.label_smoothing, form.softcap or 1.0,
-                form.logit_scale, RULE=form.rule, **options, **_flags(form),
+                form.logit_scale, RULE=form.rule, **options, **_flags(form), **_entropy(form),
             )  # fmt: skip
     return loss, rows
 
 
 def _n_sums(form):
-    """Fields of `sums`."""
-    return 4 if form.label_smoothing else 3
+    return stats.n_sums(form.label_smoothing != 0, form.entropy)
 
 
 def _split_sums(logits, target, form, n_splits, strides, options):
@@ -221,7 +225,7 @@ def _split_sums(logits, target, form, n_splits, strides, options):
     with _device(logits):
         kernels.split_sums_kernel[(N, n_splits)](
             logits, target, sums, *strides, inner, N, V,
-            form.ignore_index, form.softcap or 1.0, form.logit_scale, **options, **_flags(form),
+            form.ignore_index, form.softcap or 1.0, form.logit_scale, **options, **_flags(form), **_entropy(form),
         )  # fmt: skip
     return sums
 
@@ -250,7 +254,7 @@ def row_loss_of_sums(sums, target, row_scale, param, form, n_classes):
     """
     n_splits, _, N = sums.shape
     loss = torch.empty(N, dtype=torch.float32, device=sums.device)
-    rows = torch.empty(stats.N_FIELDS, N, dtype=torch.float32, device=sums.device)
+    rows = torch.empty(stats.n_fields(form.entropy), N, dtype=torch.float32, device=sums.device)
     if N:
         block = triton.next_power_of_2(n_splits)
         n_warps = min(max(block // WARP, 2), 16)  # a split a thread
@@ -258,7 +262,7 @@ def row_loss_of_sums(sums, target, row_scale, param, form, n_classes):
             kernels.row_loss_of_sums_kernel[(N,)](
                 sums, target, row_scale, _param(param, form), loss, rows, N, n_splits, n_classes,
                 form.ignore_index, form.alpha, form.z_loss, form.label_smoothing, form.softcap or 1.0,
-                form.logit_scale, RULE=form.rule, BLOCK_SPLITS=block, **_flags(form),
+                form.logit_scale, RULE=form.rule, BLOCK_SPLITS=block, **_flags(form), **_entropy(form),
                 **_launch_options(n_warps, sums.device),
             )  # fmt: skip
     return loss, rows
@@ -293,14 +297,14 @@ def loss_and_dlogits(logits, target, row_scale, param, form, out, fill=True):
         dlogits(logits, target, row_scale, rows, form, out)
         return loss, rows
     loss = torch.empty(N, dtype=torch.float32, device=logits.device)
-    rows = torch.empty(stats.N_FIELDS, N, dtype=torch.float32, device=logits.device)
+    rows = torch.empty(stats.n_fields(form.entropy), N, dtype=torch.float32, device=logits.device)
     if N:
         n_programs, strides, options = plan
         with _device(logits):
             kernels.loss_and_dlogits_kernel[(n_programs,)](
                 out, logits, target, row_scale, _param(param, form), loss, rows, *strides, inner, N, V,
                 form.ignore_index, int(fill), form.alpha, form.z_loss, form.label_smoothing, form.softcap or 1.0,
-                form.logit_scale, RULE=form.rule, **options, **_flags(form),
+                form.logit_scale, RULE=form.rule, **options, **_flags(form), **_entropy(form),
             )  # fmt: skip
     return loss, rows
 
@@ -308,7 +312,7 @@ def loss_and_dlogits(logits, target, row_scale, param, form, out, fill=True):
 def loss_and_kept_dlogits(logits, target, row_scale, param, form, count=None):
     """`loss_and_dlogits` over the logits [1, n, V] of a buffer of rows, no row of which is ignored, packed.
 
-    Returns loss [n], rows [6, n], kept [K]: row i < K of the logits now holds the gradient of row kept[i]; and, as
+    Returns loss [n], rows [F, n], kept [K]: row i < K of the logits now holds the gradient of row kept[i]; and, as
     numbers, what count(dlogits, target, row_scale, rows) has found out about the kept rows, if it is given: the
     gradients are not packed yet when it looks, and the others hold anything.
     """
