@@ -142,7 +142,7 @@ def _evaluate(call, device, own, classes, **how):
     results = {}
     if options.get("return_stats"):
         value, stats = value
-        results |= stats._asdict()
+        results |= {name: value for name, value in stats._asdict().items() if value is not None}
     results["loss"] = value.detach()
     wanted = {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad}
     if not wanted:

@@ -80,7 +80,7 @@ def placed(here, call: Call, of_input, of_target, of_loss, outright):
     results = {}
     if options.get("return_stats"):
         loss, stats = loss
-        results |= {name: value.cpu() for name, value in stats._asdict().items()}
+        results |= {name: value.cpu() for name, value in stats._asdict().items() if value is not None}
     assert loss.placements == tuple(of_loss), loss.placements
     whole = loss.full_tensor()
     upstream = upstream.to(here.device) if loss.dim() else torch.full_like(whole, 0.7)
