@@ -269,7 +269,7 @@ def truncated_cross_entropy(
     logit_scale: float = 1.0,
     inplace: bool = False,
     allow_retain_graph: bool = False,
-    return_stats: bool = False,
+    return_stats: bool | str = False,
     backend: str = "auto",
     group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
@@ -305,7 +305,8 @@ def truncated_cross_entropy(
             compiled, in functional transforms and forward mode, under dispatch modes (selective checkpointing).
         allow_retain_graph: keep the logits and recompute the gradient at each backward. Without it, a second backward
             through a mean or sum raises an error.
-        return_stats: also return `LossStats`, from the same pass.
+        return_stats: True: also return `LossStats`, from the same pass. "entropy": with the entropy of softmax(z) for
+            each row that is not ignored, whatever the loss makes of it; a few more instructions per logit.
         backend: "triton", "torch" or "reference", which never fall back, or "auto": triton for logits on a GPU,
             torch otherwise. Second derivatives need "reference".
         group: the ranks among which the classes are spread, in their order; None for one process. The logits are then
@@ -321,7 +322,7 @@ def truncated_cross_entropy(
             "mean" is over the rows of the whole mesh. `inplace` has no effect there.
 
     Returns:
-        float32 (float64 for float64 logits): a scalar, or (...) with reduction="none"; with return_stats=True
+        float32 (float64 for float64 logits): a scalar, or (...) with reduction="none"; with return_stats
         (loss, LossStats). The gradient has the dtype of the logits and is rounded once; for a bfloat16 mean or sum
         whose upstream gradient is not a power of 2, twice.
 
@@ -352,7 +353,7 @@ def focal_cross_entropy(
     logit_scale: float = 1.0,
     inplace: bool = False,
     allow_retain_graph: bool = False,
-    return_stats: bool = False,
+    return_stats: bool | str = False,
     backend: str = "auto",
     group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
@@ -390,7 +391,7 @@ def linear_truncated_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     allow_retain_graph: bool = False,
-    return_stats: bool = False,
+    return_stats: bool | str = False,
     backend: str = "auto",
     group: "torch.distributed.ProcessGroup | None" = None,
     chunk_size: int | str = "auto",
@@ -457,7 +458,7 @@ def linear_truncated_cross_entropy(
         threshold and the other options: as in `truncated_cross_entropy`.
 
     Returns:
-        float32 (float64 for float64 input): a scalar, or (...) with reduction="none"; with return_stats=True
+        float32 (float64 for float64 input): a scalar, or (...) with reduction="none"; with return_stats
         (loss, LossStats).
 
     Raises:
@@ -489,7 +490,7 @@ def linear_focal_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     allow_retain_graph: bool = False,
-    return_stats: bool = False,
+    return_stats: bool | str = False,
     backend: str = "auto",
     group: "torch.distributed.ProcessGroup | None" = None,
     chunk_size: int | str = "auto",

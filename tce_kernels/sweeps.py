@@ -183,11 +183,12 @@ def _accumulate(
     if FITS:
         pivot = _pivot(new_max, scale)
         exponents = tl.fma(tl.reshape(u, parts), scale, -pivot[None, :, None])
+        exps = tl.exp2(exponents)
         step = _pivot(max_u, scale) - pivot
     else:
         exponents = (tl.reshape(u, parts) - new_max[None, :, None]) * scale
+        exps = tl.exp2(exponents)
         step = (max_u - new_max) * scale
-    exps = tl.exp2(exponents)
     if ENTROPY:
         moment = _moved(moment, sum_exp, step) * tl.exp2(step)
         moment += tl.sum(tl.sum(moment_of(exponents, exps), 2), 0)
