@@ -49,6 +49,9 @@ ALLOWED = {
     "integrations.schedules": {"integrations.observed"},
     "integrations.lazy": set(),
     "integrations.causal_lm": {"integrations.lazy", "integrations.observed"},
+    "integrations.trainer": {"integrations.causal_lm", "integrations.observed", "integrations.schedules"},
+    "integrations.trl": {"integrations.causal_lm", "integrations.trainer"},
+    "integrations.torchtitan": set(),
 }  # fmt: skip
 
 
