@@ -19,9 +19,11 @@ SUBCOMMANDS = {
         "what losses over ranks send, and what that costs by a model; under torchrun, times",
     ),
     "train": ("training.train", "train a small language model with each loss on Python's own documentation"),
+    "integrations": ("integrations.command", "models of transformers with these losses: which, and what a step costs"),
     "collapse": ("collapse.command", "models trained again and again on their own output, with and without truncation"),
 }
 EXTRAS = {"bench": {"matplotlib", "scipy", "sklearn", "tabulate", "tokenizers", "tqdm"}, "states": {"transformers"}}
+OPTIONAL = {"integrations"}  # what `bench` does not install the packages of
 
 
 def main() -> int:
@@ -52,7 +54,7 @@ def main() -> int:
         if name == "states":
             continue
         module = load(name, path)
-        status = module.main(["--quick"]) if module else 1
+        status = module.main(["--quick"]) if module else UNAVAILABLE if name in OPTIONAL else 1
         if status == UNAVAILABLE:
             continue
         if status == INTERRUPTED:

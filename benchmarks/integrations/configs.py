@@ -1,0 +1,114 @@
+"""Small configurations of any model of transformers, by the names that most of them have for the same thing."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+VOCABULARY = 97
+SIZES = [
+    (VOCABULARY, "vocab_size vocab_size_per_layer_input"),
+    (
+        32,
+        "hidden_size d_model n_embd embed_dim dim embedding_size word_embed_proj_dim lru_width attention_hidden_size "
+        "embedding_dim projection_dim out_hidden_size output_dim mm_hidden_size adapter_out_dim",
+    ),
+    (48, "intermediate_size ffn_dim n_inner d_ff encoder_ffn_dim decoder_ffn_dim ffn_hidden_size mlp_hidden_size"),
+    (
+        16,
+        "moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size q_lora_rank "
+        "kv_lora_rank attention_window_size sliding_window",
+    ),
+    (
+        4,
+        "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads num_experts "
+        "num_local_experts n_routed_experts moe_num_experts qk_rope_head_dim qk_nope_head_dim rotary_dim",
+    ),
+    (
+        2,
+        "num_hidden_layers n_layer num_layers n_layers encoder_layers decoder_layers depth num_blocks "
+        "num_key_value_heads kv_n_heads num_experts_per_tok num_experts_per_token moe_topk moe_top_k top_k_experts",
+    ),
+    (
+        8,
+        "head_dim d_kv v_head_dim qk_head_dim hidden_size_per_layer_input mamba_n_heads mamba_d_head mamba_d_state "
+        "state_size mamba_num_heads mamba_head_dim ssm_state_size",
+    ),
+    (64, "max_position_embeddings n_positions n_ctx seq_length max_seq_len"),
+    (1, "n_group topk_group n_shared_experts first_k_dense_replace"),
+    (True, "output_router_logits is_decoder"),
+    (False, "add_cross_attention"),
+]
+SMALL = {name: size for size, names in SIZES for name in names.split()}
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+# What some models want otherwise; None: their own default. They are tried one after the other.
+OTHERWISE: list[dict[str, Any]] = [
+    {},
+    {"head_dim": None},
+    {"num_key_value_heads": 4},
+    {"is_decoder": None},
+    {"head_dim": None, "num_key_value_heads": None},
+    {"intermediate_size": None},
+    {"layer_types": None},
+    {"layer_types": None, "num_hidden_layers": None},
+    {"vocab_size_per_layer_input": None, "hidden_size_per_layer_input": None},
+    {"v_head_dim": None},
+    {"num_layers": None},
+    {"mrope_section": [1, 1, 0]},
+    {"head_dim": 8, "num_key_value_heads": 4, "num_experts_per_tok": 2, "n_routed_experts": 4},
+    {
+        "num_heads": 8,
+        "num_experts_per_tok": 1,
+        "attention_hidden_size": 64,
+        "mamba_d_ssm": 64,
+        "default_language": "en_XX",
+        "axial_pos_embds_dim": (16, 16),
+        "axial_pos_shape": (4, 16),
+        "hidden_size_per_layer_input": 0,
+        "layers_block_type": None,
+    },
+    {"attention_hidden_size": 64, "layer_types": ["mamba", "hybrid"], "layers_block_type": ["mamba", "hybrid"]},
+    {"layer_types": ["conv", "full_attention"], "mlp_layer_types": ["sparse", "sparse"]},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+]
+
+
+def small_ones(kind: type[PreTrainedConfig]) -> Iterator[PreTrainedConfig]:
+    """Configurations that the class accepts, one after the other; raises what it says if it accepts none."""
+    refusal = None
+    accepted = False
+    for changes in OTHERWISE:
+        try:
+            config = small(kind, changes)
+        except Exception as error:  # each class checks its sizes in its own way
+            refusal = refusal or error
+            continue
+        accepted = True
+        yield config
+    if not accepted:
+        raise refusal
+
+
+def small(kind: type[PreTrainedConfig], changes: dict[str, Any]) -> PreTrainedConfig:
+    default = vars(kind())
+    sizes = {kind.attribute_map.get(name, name): size for name, size in (SMALL | changes).items()}
+    sizes = {name: size for name, size in sizes.items() if default.get(name) is not None or name in changes}
+    sizes = {name: size for name, size in sizes.items() if size is not None and name in default} | {"pad_token_id": 0}
+    sizes |= {name: 0.0 for name, value in default.items() if "drop" in name and isinstance(value, float)}
+    if "qk_rope_head_dim" in sizes:  # multi-head latent attention derives sizes from each other
+        sizes |= {"head_dim": 4, "num_key_value_heads": 4}
+    rope = default.get("rope_parameters") or {}
+    if "mrope_section" in rope and "rope_parameters" not in sizes:
+        sizes["rope_parameters"] = rope | {"mrope_section": changes.get("mrope_section", [2, 1, 1])}
+    types = default.get("layer_types")
+    if types and "layer_types" not in changes:
+        kinds = list(dict.fromkeys(types))
+        n_layers = max(2, len(kinds))
+        sizes |= {
+            name: n_layers for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if name in sizes
+        }
+        sizes["layer_types"] = (kinds * n_layers)[:n_layers]
+        if default.get("mlp_layer_types"):
+            sizes["mlp_layer_types"] = ["sparse"] * n_layers
+    sizes |= {name: small(type(part), changes) for name, part in default.items() if isinstance(part, PreTrainedConfig)}
+    return kind(**sizes)
