@@ -16,9 +16,9 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -27,6 +27,7 @@ from tce_kernels.integrations.lazy import Recipe
 
 from .. import report
 from .configs import VOCABULARY, small_ones
+from .definition import Definition
 
 PATH = report.ROOT / "results" / "census.csv"
 
@@ -52,34 +53,6 @@ def classes(mapping: str) -> dict[str, tuple[type, type]]:
         for model in models if isinstance(models, tuple) else (models,):
             found.setdefault(model.__name__, (config, model))
     return found
-
-
-class Definition:
-    """Truncated cross-entropy of logits in float64, called as a loss of transformers."""
-
-    def __init__(self, is_shifted: bool, threshold: float = 1.0):
-        self.is_shifted, self.threshold = is_shifted, threshold
-        self.confidence = None  # of the tokens that count
-
-    def __call__(
-        self, logits, labels, vocab_size=None, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs
-    ) -> Tensor:
-        if shift_labels is None:
-            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if self.is_shifted else labels
-        valid = shift_labels != ignore_index
-        log_prob = logits.double().log_softmax(-1).gather(-1, shift_labels.where(valid, 0)[..., None])[..., 0]
-        self.confidence = log_prob[valid].detach().exp()
-        kept = valid & (log_prob.exp() <= self.threshold)
-        number = valid.sum() if num_items_in_batch is None else num_items_in_batch
-        return (-log_prob.where(kept, 0.0).sum() / number).float()
-
-
-def between(confidence: Tensor) -> float:
-    """A threshold in the widest gap of the middle half, so that rounding decides nothing."""
-    p = confidence.sort().values
-    middle = p[len(p) // 4 : len(p) - len(p) // 4]
-    i = middle.diff().argmax()
-    return ((middle[i] + middle[i + 1]) / 2).item()
 
 
 class Step(NamedTuple):
@@ -158,11 +131,16 @@ def some_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     known = inspect.signature(model.forward).parameters
     if "use_cache" in known:
         text["use_cache"] = False
+    if "mm_token_type_ids" in known:
+        text["mm_token_type_ids"] = torch.zeros_like(tokens)
     yield text
     if "pixel_values" in known:
-        size = getattr(getattr(model.config, "vision_config", model.config), "image_size", 16)
+        parts = [model.config, *(part for part in vars(model.config).values() if isinstance(part, PreTrainedConfig))]
+        size = next((part.image_size for part in parts if hasattr(part, "image_size")), 16)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        yield text | {"pixel_values": torch.rand(2, 3, height, width, generator=generator)}
+        image = torch.rand(2, 3, height, width, generator=generator)
+        yield text | {"pixel_values": image}
+        yield text | {"pixel_values": image[:, None]}  # one of several
 
 
 def examine(config_class: type, model_class: type) -> tuple[str, str]:
@@ -192,7 +170,7 @@ def examine(config_class: type, model_class: type) -> tuple[str, str]:
     definition = Definition(model.loss_function is ForCausalLMLoss)
     model.loss_function = definition
     step(model, inputs)
-    definition.threshold = between(definition.confidence)
+    definition.threshold = definition.between(0.25, 0.75)  # so that rounding decides nothing
     loss.threshold.fill_(definition.threshold)
     if not (off := deviation(step(mine, inputs), step(model, inputs))) <= exact:
         return WRONG, f"off by {off:.0e} where truncated"

@@ -11,7 +11,8 @@ import transformers
 from tqdm import tqdm
 
 from .. import INTERRUPTED, report
-from . import census
+from ..timing.measure import Inexact
+from . import census, steps
 
 
 def main(arguments: list[str]) -> int:
@@ -20,14 +21,59 @@ def main(arguments: list[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--quick", action="store_true", help="the smaller model, and fewer rounds")
     parser.add_argument(
         "--census", nargs="*", metavar="MODEL", help="classes of models, all of them if none is given, in ten minutes"
     )
     args = parser.parse_args(arguments)
     if args.census is not None:
         return take_census(args.census)
-    return 0
+    return time_steps(args.quick)
+
+
+def time_steps(quick: bool) -> int:
+    device = report.default_device()
+    cases, rounds = (steps.CASES[:1], 3) if quick else (steps.CASES, 7)
+    heading = [
+        f"{report.describe(device)} | transformers {transformers.__version__}",
+        f"forward and backward of Llamas with tied embeddings, V {steps.VOCABULARY}, without an optimizer, "
+        f"{rounds} interleaved rounds",
+    ]
+    print(*heading, sep="\n")
+    path = report.results_path(device, "integrations.csv", quick)
+    rows, missing, status = [], [], 0
+    with tqdm(total=0, unit="step", leave=False) as progress:
+        try:
+            for case in cases:
+                measured, missing = steps.measure(case, device, rounds, progress)
+                rows += measured
+                report.save(path, heading, rows)
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+        except Inexact as error:
+            progress.write(str(error))
+            status = 1
+    if rows:
+        print(report.as_text(as_table(rows)))
+        report.announce(path)
+    print(*missing, sep="\n")
+    return status
+
+
+def as_table(rows: list[dict]) -> list[dict]:
+    return [
+        {
+            "training step with": row["provider"],
+            "model": row["model"],
+            "tokens": row["tokens"],
+            "median ms": f"{row['ms_p50']:.4g}",
+            "p20-p80 ms": f"{row['ms_p20']:.4g} - {row['ms_p80']:.4g}",
+            "time / stock": f"{row['time_over_stock']:.2f}",
+            "extra peak MiB": f"{row['extra_peak_MiB']:.1f}",
+            "memory / stock": f"{row['memory_over_stock']:.2f}",
+        }
+        for row in rows
+    ]
 
 
 def take_census(wanted: list[str]) -> int:

@@ -7,11 +7,12 @@ from transformers import PreTrainedConfig
 
 VOCABULARY = 97
 SIZES = [
-    (VOCABULARY, "vocab_size vocab_size_per_layer_input"),
+    (VOCABULARY, "vocab_size vocab_size_per_layer_input encoder_hash_byte_group_vocab"),
     (
         32,
         "hidden_size d_model n_embd embed_dim dim embedding_size word_embed_proj_dim lru_width attention_hidden_size "
-        "embedding_dim projection_dim out_hidden_size output_dim mm_hidden_size adapter_out_dim",
+        "embedding_dim projection_dim out_hidden_size output_dim mm_hidden_size adapter_in_dim adapter_out_dim "
+        "text_hidden_size codebook_dim base_channels",
     ),
     (48, "intermediate_size ffn_dim n_inner d_ff encoder_ffn_dim decoder_ffn_dim ffn_hidden_size mlp_hidden_size"),
     (
@@ -41,6 +42,7 @@ SIZES = [
 ]
 SMALL = {name: size for size, names in SIZES for name in names.split()}
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
 # What some models want otherwise; None: their own default. They are tried one after the other.
 OTHERWISE: list[dict[str, Any]] = [
     {},
@@ -54,23 +56,19 @@ OTHERWISE: list[dict[str, Any]] = [
     {"vocab_size_per_layer_input": None, "hidden_size_per_layer_input": None},
     {"v_head_dim": None},
     {"num_layers": None},
-    {"mrope_section": [1, 1, 0]},
-    {"head_dim": 8, "num_key_value_heads": 4, "num_experts_per_tok": 2, "n_routed_experts": 4},
-    {
-        "num_heads": 8,
-        "num_experts_per_tok": 1,
-        "attention_hidden_size": 64,
-        "mamba_d_ssm": 64,
-        "default_language": "en_XX",
-        "axial_pos_embds_dim": (16, 16),
-        "axial_pos_shape": (4, 16),
-        "hidden_size_per_layer_input": 0,
-        "layers_block_type": None,
-    },
-    {"attention_hidden_size": 64, "layer_types": ["mamba", "hybrid"], "layers_block_type": ["mamba", "hybrid"]},
+    {"num_key_value_heads": 4, "rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}},
+    {"num_key_value_heads": 4, "rope_parameters": ROPE | {"mrope_section": [1, 1, 0]}},
+    {"head_dim": 8, "num_key_value_heads": 4, "rope_parameters": ROPE},
+    {"num_experts_per_tok": 2, "n_routed_experts": 4, "moe_intermediate_size": 16, "n_shared_experts": 1},
     {"layer_types": ["conv", "full_attention"], "mlp_layer_types": ["sparse", "sparse"]},
-    {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-]
+    {"layer_types": ["mamba", "hybrid"], "layers_block_type": ["mamba", "hybrid"], "attention_hidden_size": 64},
+    {"mlp_layer_types": ["sparse", "sparse"], "num_kv_shared_layers": 0, "vision_feature_layer": [-1, -1]},
+    {  # of one model each
+        "num_heads": 8, "num_experts_per_tok": 1, "mamba_d_ssm": 64, "default_language": "en_XX",
+        "axial_pos_embds_dim": (16, 16), "axial_pos_shape": (4, 16), "video_temporal_patch_size": 2,
+        "vocabulary_map": {"<image>": 5, "<|extra_200|>": 6},
+    },
+]  # fmt: skip
 
 
 def small_ones(kind: type[PreTrainedConfig]) -> Iterator[PreTrainedConfig]:
@@ -91,24 +89,29 @@ def small_ones(kind: type[PreTrainedConfig]) -> Iterator[PreTrainedConfig]:
 
 def small(kind: type[PreTrainedConfig], changes: dict[str, Any]) -> PreTrainedConfig:
     default = vars(kind())
-    sizes = {kind.attribute_map.get(name, name): size for name, size in (SMALL | changes).items()}
-    sizes = {name: size for name, size in sizes.items() if default.get(name) is not None or name in changes}
-    sizes = {name: size for name, size in sizes.items() if size is not None and name in default} | {"pad_token_id": 0}
+    sizes = {"pad_token_id": 0}
     sizes |= {name: 0.0 for name, value in default.items() if "drop" in name and isinstance(value, float)}
+    for name, size in (SMALL | changes).items():
+        name = kind.attribute_map.get(name, name)
+        usual = default.get(name)
+        is_asked_for = name in changes and name in default
+        if size is None or usual is None and not is_asked_for:
+            continue
+        if name == "rope_parameters" and (usual or ROPE).get("rope_type") != "default":  # of images
+            continue
+        sizes[name] = type(usual)([size] * len(usual)) if _is_list(usual) and not _is_list(size) else size
     if "qk_rope_head_dim" in sizes:  # multi-head latent attention derives sizes from each other
         sizes |= {"head_dim": 4, "num_key_value_heads": 4}
-    rope = default.get("rope_parameters") or {}
-    if "mrope_section" in rope and "rope_parameters" not in sizes:
-        sizes["rope_parameters"] = rope | {"mrope_section": changes.get("mrope_section", [2, 1, 1])}
-    types = default.get("layer_types")
-    if types and "layer_types" not in changes:
-        kinds = list(dict.fromkeys(types))
+    kinds = list(dict.fromkeys(default.get("layer_types") or ()))
+    if kinds and "layer_types" not in changes:
         n_layers = max(2, len(kinds))
-        sizes |= {
-            name: n_layers for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if name in sizes
-        }
+        sizes |= {name: n_layers for name in LAYERS if name in sizes}
         sizes["layer_types"] = (kinds * n_layers)[:n_layers]
         if default.get("mlp_layer_types"):
             sizes["mlp_layer_types"] = ["sparse"] * n_layers
-    sizes |= {name: small(type(part), changes) for name, part in default.items() if isinstance(part, PreTrainedConfig)}
-    return kind(**sizes)
+    parts = {name: part for name, part in default.items() if isinstance(part, PreTrainedConfig)}
+    return kind(**sizes, **{name: small(type(part), changes) for name, part in parts.items()})
+
+
+def _is_list(value) -> bool:
+    return isinstance(value, (list, tuple))
