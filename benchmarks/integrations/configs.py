@@ -58,6 +58,7 @@ OTHERWISE: list[dict[str, Any]] = [
     {"num_layers": None},
     {"num_key_value_heads": 4, "rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}},
     {"num_key_value_heads": 4, "rope_parameters": ROPE | {"mrope_section": [1, 1, 0]}},
+    {"rope_parameters": ROPE},
     {"head_dim": 8, "num_key_value_heads": 4, "rope_parameters": ROPE},
     {"num_experts_per_tok": 2, "n_routed_experts": 4, "moe_intermediate_size": 16, "n_shared_experts": 1},
     {"layer_types": ["conv", "full_attention"], "mlp_layer_types": ["sparse", "sparse"]},
