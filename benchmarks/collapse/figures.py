@@ -216,3 +216,30 @@ def lm_text(groups: list[Group], heading: list[str], path: Path) -> None:
         curves(confidence, group, values_of("confidence"), arms)
         confidence.set(title=f"{group.setting}:\nmean probability in training", xlabel="stage", ylim=(0, 1))
     finish(figure, panels, heading, path)
+
+
+def lm_rules(groups: list[Group], heading: list[str], path: Path) -> None:
+    """Thresholds that rules choose, against fixed ones: what becomes of the synthetic loop, and the paper's scheme."""
+    arms = [language.CROSS_ENTROPY, "TCE 0.7", "TCE 0.9", *language.RULES]
+    shown = {
+        group.setting: group._replace(arms={a: group.arms[a] for a in arms if a in group.arms}) for group in groups
+    }
+    shown = [shown[group.setting] for group in main_groups(groups)[::-1] if set(group.arms) & set(language.RULES)]
+    figure, panels = plots.new_figure(3 + (len(shown) > 1), 4.6)
+    divergence, confidence, threshold, *knowledge = panels
+    for panel, values, title, limits in (
+        (divergence, values_of("unigram_kl_real_generated"), "KL(real || generated), nats", (0, None)),
+        (confidence, values_of("confidence"), "mean probability in training", (0, 1)),
+        (threshold, values_of("threshold"), "threshold at the end of a stage", (0.45, 1.02)),
+    ):
+        group = shown[0]
+        if panel is threshold:
+            group = group._replace(arms={arm: runs for arm, runs in group.arms.items() if arm in language.RULES})
+        curves(panel, group, values, arms)
+        panel.set(title=f"{group.setting}:\n{title}", xlabel="stage", ylim=limits)
+    divergence.axhline(language.FAILURE, color="0.6", linewidth=1)
+    for panel, group in zip(knowledge, shown[1:], strict=True):
+        curves(panel, group, measures.retention(group.config), arms, lambda mean: 100 * mean)
+        panel.axhline(published.LEVEL, color="0.6", linewidth=1)
+        panel.set(title=f"{group.setting}:\nknowledge retention, split 0 (%)", xlabel="stage")
+    finish(figure, panels, heading, path)

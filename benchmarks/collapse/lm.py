@@ -67,12 +67,6 @@ class Scheduled:
 
 
 CROSS_ENTROPY, EARLY_STOPPING = "cross-entropy", "early stopping"
-RULES = {  # what they are where training starts is near 0.7
-    "quantile 0.9": Scheduled(quantile(0.9)),
-    "quantile 0.5": Scheduled(quantile(0.5)),
-    "mean + 1 std": Scheduled(mean_plus_std(1.0)),
-    "mean + 0 std": Scheduled(mean_plus_std(0.0)),
-}
 LOSSES: dict[str, Loss] = {
     CROSS_ENTROPY: truncated(1.0),
     **{f"TCE {threshold}": truncated(threshold) for threshold in (0.7, 0.8, 0.9, 0.95, 0.99)},
@@ -82,7 +76,13 @@ LOSSES: dict[str, Loss] = {
     "random mask 0.7": functools.partial(randomly_masked, threshold=0.7),
     "label smoothing 0.1": truncated(1.0, label_smoothing=0.1),
     EARLY_STOPPING: truncated(1.0),  # of the epochs of a stage, the best one on validation text
-    **RULES,
+}
+# Quantiles of the confidence, and its mean plus deviations.
+RULES: dict[str, Loss] = {
+    "quantile 0.9": Scheduled(quantile(0.9)),
+    "quantile 0.5": Scheduled(quantile(0.5)),
+    "mean + 1 std": Scheduled(mean_plus_std(1.0)),
+    "mean + 0 std": Scheduled(mean_plus_std(0.0)),
 }
 PAPER, ACCUMULATE, SYNTHETIC, REAL = "grow and replace", "accumulate", "fully synthetic", "real only"
 DATA = {
@@ -231,7 +231,9 @@ def _fit(
     inputs, targets = windows(tokens, config.context)
     order = _generator(*seed)
     torch.manual_seed(order.initial_seed())
-    loss_function = copy.deepcopy(LOSSES[arm])  # a rule remembers what it has seen in this stage
+    loss_function = copy.deepcopy(
+        RULES[arm] if arm in RULES else LOSSES[arm]
+    )  # a rule remembers what it has seen in this stage
     best, best_weights = float("inf"), None
     for _ in range(epochs):
         log_probs, kept = [], 0

@@ -233,8 +233,16 @@ def of_lm(found: list[Group], folder: Path) -> list[Section]:
         "lm-text.png": figures.lm_text,
     }
     for name, draw in pictures.items():
-        draw(found, heading(found), folder / name)
+        draw([_without_rules(group) for group in found], heading(found), folder / name)
+    if any(set(group.arms) & set(lm.RULES) for group in found):
+        figures.lm_rules(found, heading(found), folder / "lm-rules.png")
+        pictures["lm-rules.png"] = figures.lm_rules
     return [Section("Language models", tables, list(pictures))]
+
+
+def _without_rules(group: Group) -> Group:
+    """They have a picture of their own."""
+    return group._replace(arms={arm: runs for arm, runs in group.arms.items() if arm not in lm.RULES})
 
 
 def _lm_intervals(group: Group) -> list[dict]:
@@ -294,6 +302,7 @@ def _lm_stages(group: Group) -> list[dict]:
     columns = {
         "masked": ("masked", ".0%"),
         "mean p": ("confidence", ".2f"),
+        "threshold": ("threshold", ".2f"),
         "p > 0.9": ("above_threshold", ".0%"),
         "held-out CE": ("held_out_cross_entropy", ".2f"),
         "other splits": ("other_retention", ".0%"),
@@ -336,5 +345,5 @@ SECTIONS = {
     "categorical": (of_categorical, lm.LOSSES),
     "gmm": (of_gmm, gmm.ARMS),
     "vae": (of_vae, vae.ARMS),
-    "lm": (of_lm, lm.LOSSES),
+    "lm": (of_lm, lm.LOSSES | lm.RULES),
 }
