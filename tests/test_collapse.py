@@ -591,7 +591,7 @@ def test_the_committed_report_follows_from_the_committed_figures(tmp_path, monke
         copy = tmp_path / path.relative_to(COMMITTED)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
-    for name in ("gaussian", "categorical", "gmm", "vae", "lm", "lm_ratios", "lm_levels", "lm_text"):
+    for name in ("gaussian", "categorical", "gmm", "vae", "lm", "lm_ratios", "lm_levels", "lm_text", "lm_rules"):
         monkeypatch.setattr(summary.figures, name, lambda *arguments: None)  # takes longer than the tables
     monkeypatch.setattr(fidelity, "DRAWS", 10)  # of the intervals, which are not compared
     assert summary.make(tmp_path) == 0

@@ -219,27 +219,19 @@ def lm_text(groups: list[Group], heading: list[str], path: Path) -> None:
 
 
 def lm_rules(groups: list[Group], heading: list[str], path: Path) -> None:
-    """Thresholds that rules choose, against fixed ones: what becomes of the synthetic loop, and the paper's scheme."""
+    """Rules that choose the threshold beside fixed ones: knowledge in each group, text and thresholds in the last."""
     arms = [language.CROSS_ENTROPY, "TCE 0.7", "TCE 0.9", *language.RULES]
-    shown = {
-        group.setting: group._replace(arms={a: group.arms[a] for a in arms if a in group.arms}) for group in groups
-    }
-    shown = [shown[group.setting] for group in main_groups(groups)[::-1] if set(group.arms) & set(language.RULES)]
-    figure, panels = plots.new_figure(3 + (len(shown) > 1), 4.6)
-    divergence, confidence, threshold, *knowledge = panels
-    for panel, values, title, limits in (
-        (divergence, values_of("unigram_kl_real_generated"), "KL(real || generated), nats", (0, None)),
-        (confidence, values_of("confidence"), "mean probability in training", (0, 1)),
-        (threshold, values_of("threshold"), "threshold at the end of a stage", (0.45, 1.02)),
-    ):
-        group = shown[0]
-        if panel is threshold:
-            group = group._replace(arms={arm: runs for arm, runs in group.arms.items() if arm in language.RULES})
-        curves(panel, group, values, arms)
-        panel.set(title=f"{group.setting}:\n{title}", xlabel="stage", ylim=limits)
-    divergence.axhline(language.FAILURE, color="0.6", linewidth=1)
-    for panel, group in zip(knowledge, shown[1:], strict=True):
+    groups = [group._replace(arms={arm: group.arms[arm] for arm in arms if arm in group.arms}) for group in groups]
+    figure, panels = plots.new_figure(len(groups) + 2, 4.6)
+    *knowledge, text, threshold = panels
+    for panel, group in zip(knowledge, groups, strict=True):
         curves(panel, group, measures.retention(group.config), arms, lambda mean: 100 * mean)
         panel.axhline(published.LEVEL, color="0.6", linewidth=1)
         panel.set(title=f"{group.setting}:\nknowledge retention, split 0 (%)", xlabel="stage")
+    curves(text, group, values_of("unigram_kl_real_generated"), arms)
+    text.axhline(language.FAILURE, color="0.6", linewidth=1)
+    text.set(title=f"{group.setting}:\nKL(real || generated), nats", xlabel="stage", ylim=(0, None))
+    ruled = group._replace(arms={arm: runs for arm, runs in group.arms.items() if arm in language.RULES})
+    curves(threshold, ruled, values_of("threshold"), arms)
+    threshold.set(title=f"{group.setting}:\nthreshold at a stage's end", xlabel="stage", ylim=(0.45, 1.02))
     finish(figure, panels, heading, path)

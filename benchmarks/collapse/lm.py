@@ -231,9 +231,7 @@ def _fit(
     inputs, targets = windows(tokens, config.context)
     order = _generator(*seed)
     torch.manual_seed(order.initial_seed())
-    loss_function = copy.deepcopy(
-        RULES[arm] if arm in RULES else LOSSES[arm]
-    )  # a rule remembers what it has seen in this stage
+    loss_function = copy.deepcopy((LOSSES | RULES)[arm])  # a rule remembers what it has seen, in this stage alone
     best, best_weights = float("inf"), None
     for _ in range(epochs):
         log_probs, kept = [], 0
@@ -256,7 +254,9 @@ def _fit(
         above_threshold=(confidence > CONFIDENT).double().mean().item(),
         masked=1 - kept.item() / len(confidence),
     )
-    return figures | ({"threshold": loss_function.threshold.item()} if arm in RULES else {})
+    if arm in RULES:
+        figures["threshold"] = loss_function.threshold.item()
+    return figures
 
 
 def _config(run: Run) -> Config:
