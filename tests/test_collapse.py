@@ -434,6 +434,48 @@ def test_a_random_mask_drops_as_many_tokens_as_truncation():
     torch.testing.assert_close(loss, expected)
 
 
+def test_a_rule_sets_the_threshold_from_the_batches_before():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(500, 8), 2 * torch.randn(20, 8)
+    target = (hidden @ weight.T).argmax(-1)
+    values, seen = iter([None, 0.8, 0.1, 7.0]), []
+
+    def rule(progress, statistics):
+        seen.append(statistics)
+        return next(values)
+
+    scheduled = lm.Scheduled(rule)
+    for threshold in (0.9, 0.8, 0.5, 1.0):  # the start, what the rule says, the floor, the ceiling
+        _, got = scheduled(hidden, weight, target)
+        _, want = lm.truncated(threshold)(hidden, weight, target)
+        assert scheduled.threshold == torch.tensor(threshold) and torch.equal(got.kept, want.kept)
+    assert [statistics.n_tokens for statistics in seen] == [0, 500, 500, 500]
+    assert seen[1].confidence == pytest.approx(got.mean_confidence.item(), rel=1e-6)
+    assert seen[2].truncated != seen[3].truncated
+
+
+@pytest.mark.parametrize("arm", lm.RULES)
+def test_rules_begin_anew_at_each_stage(arm, tmp_path, monkeypatch):
+    """So a run that is stopped in between goes on as if it had not been."""
+    monkeypatch.setattr(lm.Scheduled, "AT_LEAST", 0.01)  # a tiny model is never confident
+    run = tiny_run(arm, lm.SYNTHETIC)
+    rows = performed(run, tmp_path / "whole")
+    stop, advance = tmp_path / "stopped", lm.advance
+
+    def stopped(run, state, stage):
+        if stage == 3:
+            raise KeyboardInterrupt
+        return advance(run, state, stage)
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.perform(engine.Experiment(lm.begin, stopped), run, stop)
+    assert performed(run, stop) == rows
+    thresholds = [row["threshold"] for row in rows]
+    assert len(set(thresholds)) == len(thresholds) and all(0.01 <= t < 0.9 for t in thresholds)
+    assert lm.RULES[arm].threshold == torch.tensor(lm.Scheduled.START)  # the arm itself has seen nothing
+    assert all(row["masked"] > 0 for row in rows)
+
+
 def test_saved_items_come_back(tmp_path):
     rows = performed(tiny_run("cross-entropy", lm.REAL, n_items=9), tmp_path)
     bits = measures.retention({"n_items": 9})(rows)
@@ -549,7 +591,7 @@ def test_the_committed_report_follows_from_the_committed_figures(tmp_path, monke
         copy = tmp_path / path.relative_to(COMMITTED)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
-    for name in ("gaussian", "categorical", "gmm", "vae", "lm", "lm_ratios", "lm_levels", "lm_text"):
+    for name in ("gaussian", "categorical", "gmm", "vae", "lm", "lm_ratios", "lm_levels", "lm_text", "lm_rules"):
         monkeypatch.setattr(summary.figures, name, lambda *arguments: None)  # takes longer than the tables
     monkeypatch.setattr(fidelity, "DRAWS", 10)  # of the intervals, which are not compared
     assert summary.make(tmp_path) == 0

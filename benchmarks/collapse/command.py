@@ -35,7 +35,8 @@ def main(arguments: list[str]) -> int:
         "--corpus", type=Path, nargs="+", default=[], metavar="PATH",
         help="of lm and categorical: text files in UTF-8 instead of Python's documentation",
     )  # fmt: skip
-    parser.add_argument("--arms", nargs="+", choices=lm.LOSSES, metavar="ARM", help=f"of lm: {', '.join(lm.LOSSES)}")
+    arms = [*lm.LOSSES, *lm.RULES]
+    parser.add_argument("--arms", nargs="+", choices=arms, metavar="ARM", help=f"of lm: {', '.join(arms)}")
     parser.add_argument("--decoders", nargs="+", choices=lm.DECODERS, metavar="NAME", help=", ".join(lm.DECODERS))
     parser.add_argument("--data", nargs="+", choices=lm.DATA, metavar="NAME", help=", ".join(lm.DATA))
     parser.add_argument("--jobs", type=positive, default=os.cpu_count(), metavar="N", help="processes (all cores)")

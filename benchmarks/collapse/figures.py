@@ -216,3 +216,22 @@ def lm_text(groups: list[Group], heading: list[str], path: Path) -> None:
         curves(confidence, group, values_of("confidence"), arms)
         confidence.set(title=f"{group.setting}:\nmean probability in training", xlabel="stage", ylim=(0, 1))
     finish(figure, panels, heading, path)
+
+
+def lm_rules(groups: list[Group], heading: list[str], path: Path) -> None:
+    """Rules that choose the threshold beside fixed ones: knowledge in each group, text and thresholds in the last."""
+    arms = [language.CROSS_ENTROPY, "TCE 0.7", "TCE 0.9", *language.RULES]
+    groups = [group._replace(arms={arm: group.arms[arm] for arm in arms if arm in group.arms}) for group in groups]
+    figure, panels = plots.new_figure(len(groups) + 2, 4.6)
+    *knowledge, text, threshold = panels
+    for panel, group in zip(knowledge, groups, strict=True):
+        curves(panel, group, measures.retention(group.config), arms, lambda mean: 100 * mean)
+        panel.axhline(published.LEVEL, color="0.6", linewidth=1)
+        panel.set(title=f"{group.setting}:\nknowledge retention, split 0 (%)", xlabel="stage")
+    curves(text, group, values_of("unigram_kl_real_generated"), arms)
+    text.axhline(language.FAILURE, color="0.6", linewidth=1)
+    text.set(title=f"{group.setting}:\nKL(real || generated), nats", xlabel="stage", ylim=(0, None))
+    ruled = group._replace(arms={arm: runs for arm, runs in group.arms.items() if arm in language.RULES})
+    curves(threshold, ruled, values_of("threshold"), arms)
+    threshold.set(title=f"{group.setting}:\nthreshold at a stage's end", xlabel="stage", ylim=(0.45, 1.02))
+    finish(figure, panels, heading, path)

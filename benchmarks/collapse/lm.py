@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from tce_kernels import LossStats, linear_focal_cross_entropy, linear_truncated_cross_entropy
+from tce_kernels.integrations.observed import Observed
+from tce_kernels.integrations.schedules import mean_plus_std, quantile
 
 from .. import report
 from ..training.transformer import LanguageModel, windows
@@ -47,6 +49,23 @@ def randomly_masked(hidden: Tensor, weight: Tensor, target: Tensor, *, threshold
     )
 
 
+class Scheduled:
+    """Truncation at a threshold that a rule sets before each batch, from the confidence of the batches before."""
+
+    START, AT_LEAST = 0.9, 0.5
+
+    def __init__(self, rule):
+        self.rule, self.observed = rule, Observed()
+        self.threshold = torch.tensor(self.START)
+
+    def __call__(self, hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, LossStats]:
+        if (chosen := self.rule(0.0, self.observed.since("rule"))) is not None:
+            self.threshold.fill_(min(max(chosen, self.AT_LEAST), 1.0))
+        loss, stats = linear_truncated_cross_entropy(hidden, weight, target, self.threshold, return_stats=True)
+        self.observed.add(stats)
+        return loss, stats
+
+
 CROSS_ENTROPY, EARLY_STOPPING = "cross-entropy", "early stopping"
 LOSSES: dict[str, Loss] = {
     CROSS_ENTROPY: truncated(1.0),
@@ -57,6 +76,13 @@ LOSSES: dict[str, Loss] = {
     "random mask 0.7": functools.partial(randomly_masked, threshold=0.7),
     "label smoothing 0.1": truncated(1.0, label_smoothing=0.1),
     EARLY_STOPPING: truncated(1.0),  # of the epochs of a stage, the best one on validation text
+}
+# Quantiles of the confidence, and its mean plus deviations.
+RULES: dict[str, Loss] = {
+    "quantile 0.9": Scheduled(quantile(0.9)),
+    "quantile 0.5": Scheduled(quantile(0.5)),
+    "mean + 1 std": Scheduled(mean_plus_std(1.0)),
+    "mean + 0 std": Scheduled(mean_plus_std(0.0)),
 }
 PAPER, ACCUMULATE, SYNTHETIC, REAL = "grow and replace", "accumulate", "fully synthetic", "real only"
 DATA = {
@@ -205,7 +231,7 @@ def _fit(
     inputs, targets = windows(tokens, config.context)
     order = _generator(*seed)
     torch.manual_seed(order.initial_seed())
-    loss_function = LOSSES[arm]
+    loss_function = copy.deepcopy((LOSSES | RULES)[arm])  # a rule remembers what it has seen, in this stage alone
     best, best_weights = float("inf"), None
     for _ in range(epochs):
         log_probs, kept = [], 0
@@ -223,11 +249,14 @@ def _fit(
     if best_weights:
         model.load_state_dict(best_weights)
     confidence = torch.cat(log_probs).exp()
-    return dict(
+    figures = dict(
         confidence=confidence.mean().item(),
         above_threshold=(confidence > CONFIDENT).double().mean().item(),
         masked=1 - kept.item() / len(confidence),
     )
+    if arm in RULES:
+        figures["threshold"] = loss_function.threshold.item()
+    return figures
 
 
 def _config(run: Run) -> Config:

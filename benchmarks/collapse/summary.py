@@ -1,6 +1,7 @@
 """Tables and plots of the finished runs: report.md and one picture or more of each experiment, beside the CSV files."""
 
 import textwrap
+from collections.abc import Container
 from pathlib import Path
 from typing import NamedTuple
 
@@ -226,15 +227,25 @@ def of_lm(found: list[Group], folder: Path) -> list[Section]:
         ("From the first stage to the last, means over seeds.", [row for group in found for row in _lm_stages(group)]),
         ("The paper's own numbers, one seed each, with the same interpolation.", _published()),
     ]
+    rest = _of_arms(found, lm.LOSSES)
+    ruled = [group for group in figures.main_groups(found) if set(group.arms) & set(lm.RULES)]
     pictures = {
-        "lm.png": figures.lm,
-        "lm-ratios.png": figures.lm_ratios,
-        "lm-levels.png": figures.lm_levels,
-        "lm-text.png": figures.lm_text,
+        "lm.png": (figures.lm, rest),
+        "lm-ratios.png": (figures.lm_ratios, rest),
+        "lm-levels.png": (figures.lm_levels, rest),
+        "lm-text.png": (figures.lm_text, rest),
+        "lm-rules.png": (figures.lm_rules, ruled),
     }
-    for name, draw in pictures.items():
-        draw(found, heading(found), folder / name)
+    pictures = {name: picture for name, picture in pictures.items() if picture[1]}
+    for name, (draw, shown) in pictures.items():
+        draw(shown, heading(shown), folder / name)
     return [Section("Language models", tables, list(pictures))]
+
+
+def _of_arms(found: list[Group], arms: Container[str]) -> list[Group]:
+    """What the groups have of these arms."""
+    chosen = [group._replace(arms={arm: runs for arm, runs in group.arms.items() if arm in arms}) for group in found]
+    return [group for group in chosen if group.arms]
 
 
 def _lm_intervals(group: Group) -> list[dict]:
@@ -294,6 +305,7 @@ def _lm_stages(group: Group) -> list[dict]:
     columns = {
         "masked": ("masked", ".0%"),
         "mean p": ("confidence", ".2f"),
+        "threshold": ("threshold", ".2f"),
         "p > 0.9": ("above_threshold", ".0%"),
         "held-out CE": ("held_out_cross_entropy", ".2f"),
         "other splits": ("other_retention", ".0%"),
@@ -336,5 +348,5 @@ SECTIONS = {
     "categorical": (of_categorical, lm.LOSSES),
     "gmm": (of_gmm, gmm.ARMS),
     "vae": (of_vae, vae.ARMS),
-    "lm": (of_lm, lm.LOSSES),
+    "lm": (of_lm, lm.LOSSES | lm.RULES),
 }
