@@ -313,11 +313,8 @@ def _cast(recipe, func, *args, **kwargs):
     given = [*args, *kwargs.values(), _CASTS.get(func)]
     dtype = next((value for value in given if isinstance(value, torch.dtype)), recipe.dtype)
     devices = {torch.device(value) for value in given if isinstance(value, (str, torch.device))}
-    if (
-        not dtype.is_floating_point
-        or devices - {recipe.hidden.device}
-        or any(isinstance(value, Tensor) for value in given)
-    ):
+    is_of_tensors = any(isinstance(value, Tensor) for value in given)
+    if not dtype.is_floating_point or devices - {recipe.hidden.device} or is_of_tensors:
         return None
     if dtype == recipe.dtype and True not in given:  # nor a copy
         return recipe
@@ -332,15 +329,8 @@ def _detached(recipe, func):
     return recipe.but(is_detached=True, base=recipe, view=func)
 
 
-_DIVISIONS = {
-    Tensor.div,
-    Tensor.divide,
-    Tensor.true_divide,
-    Tensor.__truediv__,
-    torch.div,
-    torch.divide,
-    torch.true_divide,
-}
+_DIVISIONS = {getattr(owner, name) for owner in (Tensor, torch) for name in ("div", "divide", "true_divide")}
+_DIVISIONS |= {Tensor.__truediv__}
 _CASTS = {
     Tensor.float: torch.float32, Tensor.double: torch.float64, Tensor.half: torch.float16,
     Tensor.bfloat16: torch.bfloat16, Tensor.to: None,
