@@ -234,7 +234,8 @@ def loss_and_dlogits_kernel(
             if SMOOTHING:
                 sum_u = tl.sum(tl.where(mask, u, 0.0), 0)
             if ENTROPY:
-                entropy = entropy_of(sum_exp, sum_of_products(tl.maximum((u - row_max) * scale, LEAST), exps))
+                moment = sum_of_products(tl.maximum((u - row_max) * scale, LEAST), exps)
+                entropy = entropy_of(sum_exp, moment / sum_exp)
         elif live:
             row_max, sum_exp, sum_u, entropy = sweep(
                 row_ptr, V, logit_scale, softcap, scale, 0, 1,

@@ -166,9 +166,9 @@ def _moved(moment, sum_exp, step):
 
 
 @triton.jit
-def entropy_of(sum_exp, moment):
-    """Entropy of the distribution with these sums of 2^e and e 2^e. NaN passes."""
-    entropy = tl.log(sum_exp) - moment * LN_2 / sum_exp
+def entropy_of(sum_exp, mean):
+    """Entropy of the distribution with this sum of 2^e and this mean of e. NaN passes."""
+    entropy = tl.log(sum_exp) - mean * LN_2
     return tl.where(entropy < 0.0, 0.0, entropy)
 
 
@@ -247,10 +247,15 @@ def _sweep(
         row_moment = sum_of_products(_moved(moment, sum_exp, step), tl.exp2(step))
     sum_exp = sum_of_products(sum_exp, tl.exp2(step))
     if ENTROPY:
-        entropy = entropy_of(sum_exp, row_moment)
+        mean = row_moment / sum_exp
     if FITS:
         # From the rounded pivot to the maximum; exactly 1 if that is all there is.
-        sum_exp = tl.div_rn(sum_exp, tl.exp2(tl.fma(row_max, scale, -pivot)))
+        rounding = tl.fma(row_max, scale, -pivot)
+        sum_exp = tl.div_rn(sum_exp, tl.exp2(rounding))
+        if ENTROPY:
+            mean -= rounding
+    if ENTROPY:
+        entropy = entropy_of(sum_exp, mean)
     if SMOOTHING:
         row_sum = tl.sum(sum_u, 0)
     else:

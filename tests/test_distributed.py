@@ -59,6 +59,18 @@ def test_every_layout(ranks, way, name):
             compare(ranks, p, Call(way, sizes, OPTIONS[name], counts), case=on_a_rank_again)
 
 
+@pytest.mark.parametrize("name", ["entropy", "entropy, everything", "entropy, none"])
+@pytest.mark.parametrize("way", WAYS)
+def test_entropy_in_every_layout(ranks, way, name):
+    """Shards without classes among them."""
+    for dtype, p in itertools.product((torch.float32, torch.float64), (2, 4)):
+        for sizes, counts in layouts(p):
+            call = Call(way, sizes, OPTIONS[name], counts, dtype=dtype)
+            whole = in_one_process(call, ranks.device)
+            assert whole["entropy"].max() > 0.1
+            assert_same(call, whole, ranks.run(on_a_rank, p, call))
+
+
 def test_truncation_leaves_rows_out_and_keeps_some(ranks):
     """Otherwise the comparisons would be worth less."""
     for name, options in OPTIONS.items():
@@ -173,6 +185,16 @@ def test_values_that_break_a_row(ranks, row, columns, value, options):
     poison = slice(row, row + 1), slice(*columns), value
     for rule in ({"threshold": 0.5}, {"threshold": 0.5, "label_smoothing": 0.1}, {"gamma": 2.0}):
         compare(ranks, 3, Call(LOGITS, sizes, rule | options, poison=poison))
+
+
+@pytest.mark.parametrize("start, stop, value", [(0, 53, -INF), (53, 211, -INF), (0, 211, -INF), (7, 8, NAN)])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_entropy_of_rows_that_some_ranks_have_nothing_of(ranks, backend, start, stop, value):
+    options = {"threshold": 0.5, "return_stats": "entropy", "reduction": "none", "backend": backend}
+    call = Call(LOGITS, list(layouts(4))[0][0], options, poison=(slice(5, 9), slice(start, stop), value))
+    whole = in_one_process(call, ranks.device)
+    assert whole["entropy"][5:9].isnan().all() == (stop - start in (1, 211))
+    assert_same(call, whole, ranks.run(on_a_rank, 4, call))
 
 
 @pytest.mark.parametrize("value", [NAN, INF])

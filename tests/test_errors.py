@@ -69,6 +69,9 @@ OPTIONS = [
     (dict(inplace=1), TypeError, "inplace must be True or False, got 1"),
     (dict(allow_retain_graph=None), TypeError, "allow_retain_graph must be True or False, got None"),
     (dict(return_stats="yes"), TypeError, "return_stats must be True or False, got 'yes'"),
+    (dict(return_stats="Entropy"), TypeError, "got 'Entropy'; or 'entropy', which adds that of each row"),
+    (dict(return_stats=1), TypeError, "return_stats must be True or False, got 1; or 'entropy'"),
+    (dict(return_stats=None), TypeError, "return_stats must be True or False, got None; or 'entropy'"),
     (dict(inplace=True, allow_retain_graph=True), ValueError, "inplace must be False with allow_retain_graph=True,"
      " which keeps the logits, got True"),
     (dict(weight=[1.0] * V), TypeError, "weight must be a torch.Tensor, got list"),

@@ -65,6 +65,15 @@ def cases(core_only: bool, liger: bool) -> list[Case]:
             found.append(Case(RETAINED, ROWS, V, layout, dtype, (), padding))
     for layout, flags in itertools.product(("aligned", "peeled"), FLAGS):
         found.append(Case(SHARD, ROWS, LAYOUTS[layout][0], layout, bf16, flags))
+    for layout, (V, padding) in LAYOUTS.items():
+        found.append(Case(TRAINING, ROWS, V, layout, bf16, ("entropy",), padding))
+    for layout, dtype in itertools.product(("aligned", "peeled"), (torch.float32, torch.float16)):
+        found.append(Case(TRAINING, ROWS, LAYOUTS[layout][0], layout, dtype, ("entropy",)))
+    for path, layout in itertools.product((TRAINING, EVALUATION, SHARD), ("aligned", "peeled")):
+        every_flag = ("entropy", "softcap", "smoothing")
+        for flags in (every_flag,) if path == TRAINING else (("entropy",), every_flag):
+            found.append(Case(path, ROWS, LAYOUTS[layout][0], layout, bf16, flags))
+    found.append(Case(TRAINING, FEW_ROWS, 32000, "few rows", bf16, ("entropy",)))
     for dtype, V in itertools.product(DTYPES, (32000, 50257)):
         found.append(Case(TRAINING, FEW_ROWS, V, "few rows", dtype))
         found.append(Case(LINEAR, CHUNK_ROWS, V, f"chunk of {V}", dtype))

@@ -157,12 +157,15 @@ def loss_of(case: Case, logits: torch.Tensor, target: torch.Tensor) -> torch.Ten
 
         return LigerCrossEntropyLoss()(logits, target)
     options = {"allow_retain_graph": case.path == RETAINED, "backend": "triton"}
+    if "entropy" in case.flags:
+        options["return_stats"] = "entropy"
     if "softcap" in case.flags:
         options["softcap"] = 30.0
     if "focal" in case.flags:
         return tce_kernels.focal_cross_entropy(logits, target, **options)
     smoothing = 0.1 if "smoothing" in case.flags else 0.0
-    return tce_kernels.truncated_cross_entropy(logits, target, label_smoothing=smoothing, **options)
+    returned = tce_kernels.truncated_cross_entropy(logits, target, label_smoothing=smoothing, **options)
+    return returned[0] if "entropy" in case.flags else returned
 
 
 def launch_linear(case: Case) -> None:
@@ -188,7 +191,7 @@ def launch_shard(case: Case) -> None:
     form = Form(
         rule="focal" if "focal" in case.flags else "truncated", param_number=1.0, alpha=1.0, ignore_index=-100,
         z_loss=0.0, label_smoothing=0.1 if "smoothing" in case.flags else 0.0,
-        softcap=30.0 if "softcap" in case.flags else None, logit_scale=1.0,
+        softcap=30.0 if "softcap" in case.flags else None, logit_scale=1.0, entropy="entropy" in case.flags,
     )  # fmt: skip
     logits = torch.empty(1, case.N, case.V, dtype=case.dtype)
     target, row_scale = torch.zeros(case.N, dtype=torch.int64), torch.ones(case.N)

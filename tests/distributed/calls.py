@@ -185,7 +185,8 @@ def assert_same(call: Call, whole, results):
             assert got.shape == want.shape and got.dtype == want.dtype, text
             if got.is_floating_point():
                 # log p is a logarithm of sums: they are rounded by so much, and log p by the same, absolutely.
-                error = distance(got, want, whole[name], at_least=1.0 if name == "log_prob" else 0.0)
+                of_log = name in ("log_prob", "entropy")
+                error = distance(got, want, whole[name], at_least=1.0 if of_log else 0.0)
                 assert error <= tolerance, f"{error:.1e}: {text}"
             else:
                 assert torch.equal(got, want), text

@@ -29,6 +29,12 @@ OPTIONS = {
     "none, focal": {"gamma": 2.0, "reduction": "none", "z_loss": 1e-2},
     "two backwards": {"threshold": 0.5, "allow_retain_graph": True},
     "no statistics": {"threshold": 0.5, "return_stats": False},
+    "entropy": {"threshold": 0.5, "return_stats": "entropy"},
+    "entropy, everything": {
+        "threshold": 0.3, "z_loss": 1e-2, "label_smoothing": 0.1, "softcap": 30.0, "logit_scale": 1.3,
+        "token_weight": True, "return_stats": "entropy",
+    },
+    "entropy, none": {"gamma": 2.0, "reduction": "none", "return_stats": "entropy"},
     "another ignore_index": {"threshold": 0.5, "ignore_index": V - 1},
     "ignored beyond int32": {"threshold": 0.5, "ignore_index": 2**40},
     "everything": {

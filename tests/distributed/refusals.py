@@ -85,6 +85,7 @@ DISAGREEMENTS = {
     "other token weights": (
         other(torch.arange(N), "token_weight"), other(torch.ones(N), "token_weight"), "token_weight",
     ),
+    "entropy on one rank": (other("entropy", "return_stats"), other(True, "return_stats"), "entropy"),
     "another dtype": (wide, all_alike, "float64"),
     "allow_retain_graph": (other(True, "allow_retain_graph"), all_alike, "allow_retain_graph"),
 }  # fmt: skip
