@@ -83,7 +83,10 @@ BENCHMARKS = {
     "integrations.definition": set(),
     "integrations.census": {"report", "integrations.configs", "integrations.definition"},
     "integrations.steps": {"report", "timing.measure", "integrations.definition"},
-    "integrations.command": {"report", "timing.measure", "integrations.census", "integrations.steps"},
+    "integrations.finetune": {"states.command", "states.rows"},
+    "integrations.command": {
+        "report", "timing.measure", "integrations.census", "integrations.finetune", "integrations.steps",
+    },
     "codegen.devices": set(),
     "codegen.sass": set(),
     "codegen.cases": set(),

@@ -1,10 +1,12 @@
 """The losses in models of transformers: what a training step costs with and without them.
 
 With --census instead: which models of the installed transformers can have them, and whether they stay what they are.
+With --finetune: the log of a model that is trained with them for a few steps.
 """
 
 import argparse
 from collections import Counter
+from pathlib import Path
 
 import torch
 import transformers
@@ -12,7 +14,7 @@ from tqdm import tqdm
 
 from .. import INTERRUPTED, report
 from ..timing.measure import Inexact
-from . import census, steps
+from . import census, finetune, steps
 
 
 def main(arguments: list[str]) -> int:
@@ -25,9 +27,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--census", nargs="*", metavar="MODEL", help="classes of models, all of them if none is given, in ten minutes"
     )
+    parser.add_argument("--finetune", metavar="MODEL", help="a name on the Hugging Face hub, a folder, or a GGUF file")
+    parser.add_argument("--steps", type=int, default=20, help="of --finetune (default: %(default)s)")
     args = parser.parse_args(arguments)
     if args.census is not None:
         return take_census(args.census)
+    if args.finetune is not None:
+        return log_finetuning(args.finetune, args.steps)
     return time_steps(args.quick)
 
 
@@ -58,6 +64,27 @@ def time_steps(quick: bool) -> int:
         report.announce(path)
     print(*missing, sep="\n")
     return status
+
+
+def log_finetuning(name: str, n_steps: int) -> int:
+    device = report.default_device()
+    heading = [
+        f"{report.describe(device)} | transformers {transformers.__version__}",
+        f"{Path(name).name} on pydoc_data.topics: {n_steps} steps of {finetune.BATCH} x {finetune.CONTEXT} tokens",
+    ]
+    print(*heading, sep="\n")
+    try:
+        rows = finetune.finetune(name, n_steps, device)
+    except (OSError, ImportError, ValueError) as error:  # no such model, a package is missing, an unknown kind
+        print(f"integrations: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    table = [
+        {name: f"{value:.3f}" if isinstance(value, float) else value for name, value in row.items()} for row in rows
+    ]
+    report.publish(report.results_path(device, "finetuning.csv", False), heading, rows, table)
+    return 0
 
 
 def as_table(rows: list[dict]) -> list[dict]:
