@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
 
 def time_steps(quick: bool) -> int:
     device = report.default_device()
-    cases, rounds = (steps.CASES[:1], 3) if quick else (steps.CASES, 7)
+    cases, rounds = (steps.CASES[:1], 3) if quick else (steps.CASES, 5)
     heading = [
         f"{report.describe(device)} | transformers {transformers.__version__}",
         f"forward and backward of Llamas with tied embeddings, V {steps.VOCABULARY}, without an optimizer, "
