@@ -1,5 +1,11 @@
 """Truncated models on several ranks: as the stock model under the same wrapper, without logits in memory."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -13,6 +19,7 @@ pytestmark = [
     pytest.mark.xdist_group("distributed"),
     pytest.mark.skipif(torch.__version__ < "2.7", reason="FSDP2 of torch 2.7 or later is not installed"),
 ]
+ROOT = Path(__file__).parents[2]
 EXACT = 1e-6  # of float32, relative to the largest
 HEADS = {"in the root": None, "a unit": {}, "a unit that stays": {"reshard_after_forward": False}}
 THRESHOLDS = pytest.mark.parametrize("threshold", [1.0, parallel.THRESHOLD])
@@ -89,3 +96,20 @@ def test_statistics_of_no_rank(ranks):
     assert all(
         statistics.n_tokens == statistics.n_calls == 0 for statistics in ranks.run(parallel.statistics_of_nothing, 4)
     )
+
+
+def test_trainer_on_two_processes(tmp_path):
+    """Losses and gradients of the stock model; the log, and the threshold that a rule chooses, are of both ranks."""
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = [str(ROOT / "tests" / "integrations" / "two_processes.py"), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command + script, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"average')))
+    for average in ("average True", "average False"):
+        losses, gradients = found[average]
+        assert losses < EXACT and gradients < EXACT
+    (logs, threshold, confidence), (other_logs, other_threshold, other_confidence) = found["logs"]
+    assert logs == other_logs and threshold == other_threshold and confidence != other_confidence
+    assert len(logs) == 2 and logs[0]["threshold"] != logs[1]["threshold"] and 0.1 < logs[0]["truncated"] < 0.9
