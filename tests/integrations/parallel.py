@@ -115,7 +115,7 @@ def own_loss_on_outputs(here, options):
 
 
 def evaluated(here, head):
-    """Logits of an evaluation, against those of the stock model that is not sharded."""
+    """Logits and loss of an evaluation, against the stock model's that is not sharded; is the head in shards again?"""
     batch, n = rows_of(here)
     want = spread(llama()).eval()(**batch, num_items_in_batch=n)
     model = spread(llama()).eval()
@@ -123,7 +123,8 @@ def evaluated(here, head):
     sharded(here, model, head)
     with torch.no_grad():
         got = model(**batch, num_items_in_batch=n)
-    return (got.logits - want.logits).abs().max().item(), (got.loss - want.loss).abs().item()
+    of_logits, of_loss = (got.logits - want.logits).abs().max().item(), (got.loss - want.loss).abs().item()
+    return of_logits, of_loss, isinstance(model.lm_head.weight, DTensor)
 
 
 def read_after_a_step(here, head, fused):

@@ -57,8 +57,9 @@ def test_fsdp_with_tied_weights(ranks):
 
 @pytest.mark.parametrize("head", HEADS)
 def test_evaluation_with_logits(ranks, head):
-    for logits, loss in ranks.run(parallel.evaluated, 2, HEADS[head]):
+    for logits, loss, is_sharded in ranks.run(parallel.evaluated, 2, HEADS[head]):
         assert logits < 1e-5 and loss < 1e-6
+        assert is_sharded == (head == "a unit")
 
 
 @pytest.mark.parametrize("is_after_backward", [False, True])
