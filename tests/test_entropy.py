@@ -150,7 +150,9 @@ def test_rows_by_hand(backend, name, way, device, small_blocks):
     got = entropy_of(logits, torch.zeros(3, dtype=torch.int64, device=device), way, backend=backend)
     assert (got >= 0).all()
     want = by_definition(logits.cpu())[0].item() if want is None else want
-    assert got.tolist() == pytest.approx([want] * 3, rel=1e-6, abs=3e-7)
+    # Two lanes add a half of the terms each, and round at each addition.
+    added = len(row) / 2 * 2.0**-24 if backend == "triton" else 0.0
+    assert got.tolist() == pytest.approx([want] * 3, rel=1e-6, abs=3e-7 + added)
 
 
 @ANY_BACKEND
