@@ -68,6 +68,7 @@ OTHERWISE: list[dict[str, Any]] = [
         "num_heads": 8, "num_experts_per_tok": 1, "mamba_d_ssm": 64, "default_language": "en_XX",
         "axial_pos_embds_dim": (16, 16), "axial_pos_shape": (4, 16), "video_temporal_patch_size": 2,
         "vocabulary_map": {"<image>": 5, "<|extra_200|>": 6},
+        "attention_types": [[["global", "local"], 1]],
     },
 ]  # fmt: skip
 

@@ -19,7 +19,7 @@ from ..states.command import load
 from ..states.rows import windows
 
 CONTEXT = 128
-BATCH = 4
+BATCH = 2
 LEARNING_RATE = 5e-5
 END = 0.7  # of the threshold, reached at half of the steps
 LOGGED = "loss", "truncated", "confidence", "accuracy", "threshold"

@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
 CASES = [
     Case("2 layers of 256", 2, 256, 512, 4, 4, 2, 768),
-    Case("SmolLM2-135M", 30, 576, 1536, 9, 3, 2, 256),
+    Case("SmolLM2-135M", 30, 576, 1536, 9, 3, 1, 256),
 ]
 
 
