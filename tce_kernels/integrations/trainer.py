@@ -41,6 +41,8 @@ class ThresholdSchedule(TrainerCallback):
         at_least: float = 0.5,
     ):  # fmt: skip
         _check_loss(loss)
+        if loss.rule != "truncated":
+            raise ValueError(f"the loss must be a truncated one, which has a threshold, got rule={loss.rule!r}")
         if not callable(rule):
             raise TypeError(f"rule must be a function of progress and statistics, got {rule!r}")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
@@ -60,6 +62,10 @@ class ThresholdSchedule(TrainerCallback):
         if value is not None:
             self.loss.threshold.fill_(min(max(value, self.at_least), 1.0))
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step % self.every:  # resumed between two steps that set it
+            self.step(state.global_step / state.max_steps)
+
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0:
             self.step(state.global_step / state.max_steps)
@@ -70,18 +76,30 @@ class LogStatistics(TrainerCallback):
 
     def __init__(self, trainer: Trainer, loss: CausalLMLoss):
         self.trainer, self.loss = trainer, loss
+        self.start("train", "eval")
+
+    def start(self, *modes: str) -> None:
+        """What has been observed until now belongs to no log."""
+        for mode in modes:
+            self.loss.observed[mode].since("log")
 
     def on_train_begin(self, args, state, control, **kwargs):
         _check(self.trainer, self.loss)
+        self.start("train", "eval")
+
+    def on_predict(self, args, state, control, **kwargs):
+        self.start("eval")  # it is not logged
 
     def on_log(self, args, state, control, logs, **kwargs):
-        of_sets = [name.removesuffix("loss") for name in logs if name.startswith("eval_") and name.endswith("_loss")]
-        if not of_sets and "loss" not in logs:
+        # Trainer's own logs, which all ranks write: users may call trainer.log on one rank, with a loss of their own.
+        sets = [name.removesuffix("runtime") for name in logs if name.endswith("_runtime")]
+        sets = [prefix for prefix in sets if prefix + "loss" in logs and prefix != "train_"]
+        if not sets and not {"loss", "learning_rate"} <= logs.keys():
             return
-        statistics = self.loss.observed["eval" if of_sets else "train"].since("log", reduce=True)
+        statistics = self.loss.observed["eval" if sets else "train"].since("log", reduce=True)
         if not statistics.n_calls:
             raise RuntimeError(NOT_CALLED)
-        prefix = min(of_sets, key=len, default="")  # as there may be other losses among the metrics of the user
+        prefix = sets[0] if sets else ""
         new = {name: getattr(statistics, name) for name in ("truncated", "confidence", "accuracy")}
         new["threshold"] = self.loss.threshold.item()
         new = {prefix + name: value for name, value in new.items()} if statistics.n_tokens else {}
@@ -142,5 +160,6 @@ def _check(trainer: Trainer, loss: CausalLMLoss) -> None:
             "use_liger_kernel replaces the forward of the model, and its loss: pass "
             'liger_kernel_config={"fused_linear_cross_entropy": False} as well'
         )
-    if inner_model(trainer.accelerator.unwrap_model(trainer.model)).loss_function is not loss:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if inner_model(getattr(model, "_orig_mod", model)).loss_function is not loss:  # of torch.compile
         raise TypeError("the trainer's model must have this loss: call truncate on it before attach")

@@ -16,7 +16,7 @@ from tce_kernels.integrations.lazy import Recipe
 from tce_kernels.integrations.trainer import ThresholdSchedule, attach, linear, mean_plus_std, quantile
 
 from .models import spread
-from .tiny import llama, mixtral, relative
+from .tiny import collate, llama, mixtral, relative
 from .training import arguments, losses, trainer_of
 
 EXACT = 1e-6
@@ -132,6 +132,66 @@ def test_several_evaluation_sets_have_logs_of_their_own(tmp_path):
     assert seen == ["eval_a_confidence", "eval_b_confidence"]
 
 
+def test_each_log_is_of_its_own_tokens(tmp_path):
+    """Not of calls before the training, of predictions, nor of an evaluation under another name."""
+    model = spread(llama())
+    loss = truncate(model, 0.02)
+    trainer, keep = trainer_of(model, arguments(tmp_path))
+    rows = trainer.eval_dataset
+    model(**collate(rows)).loss.backward()
+    with torch.no_grad():
+        model(**collate(rows))
+    attach(trainer, loss)
+    want = trainer.evaluate(rows[:2])
+    trainer.predict(rows[2:])
+    assert "test_confidence" in trainer.evaluate(rows[2:], metric_key_prefix="test")
+    got = trainer.evaluate(rows[:2])
+    assert got["eval_confidence"] == want["eval_confidence"] and got["eval_accuracy"] == want["eval_accuracy"]
+    model(**collate(rows)).loss.backward()
+    model.zero_grad()
+    trainer.train()
+    whole = loss.observed["train"].since("test")
+    own = loss.observed["train"].marks["log"]
+    assert whole.n_calls == 4 and own[0] == 4
+    first, again = ([log["confidence"] for log in logs_of(each)][0] for each in (keep, trained_after_nothing(tmp_path)))
+    assert first == pytest.approx(again, rel=EXACT)
+
+
+def trained_after_nothing(tmp_path):
+    _, keep, _ = trained(tmp_path, 0.02, make=lambda: spread(llama()))
+    return keep
+
+
+def test_logs_of_the_user_are_left_alone(tmp_path):
+    """They may have a loss, come at any time, and from one rank only."""
+
+    class Own(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **options):
+            self.log({"loss": 1.0, "eval_loss": 2.0})
+            return super().compute_loss(model, inputs, return_outputs, **options)
+
+    model = llama()
+    loss = truncate(model, 0.9)
+    trainer, keep = trainer_of(model, arguments(tmp_path, batch=2, accumulate=4), Own)
+    attach(trainer, loss)
+    trainer.train()
+    own = [log for log in keep.logs if log.get("loss") == 1.0]
+    assert len(own) == 8 and not any("confidence" in log for log in own)
+    assert sum("confidence" in log for log in keep.logs) == 2
+
+
+def test_a_compiled_model(tmp_path):
+    _, want, _ = trained(tmp_path, 1.0)
+    torch._dynamo.reset()
+    model = llama()
+    loss = truncate(model, 1.0)
+    trainer, got = trainer_of(torch.compile(model, backend="eager"), arguments(tmp_path))
+    attach(trainer, loss)
+    trainer.train()
+    assert losses(got).tolist() == pytest.approx(losses(want).tolist(), rel=EXACT)
+    assert logs_of(got)[1]["confidence"] == pytest.approx(logs_of(want)[1]["confidence"], rel=EXACT)
+
+
 def test_tokens_that_are_all_ignored_log_nothing(tmp_path):
     model = llama()
     loss = truncate(model, 0.9)
@@ -221,6 +281,7 @@ REFUSED_SCHEDULES = [
     ({"at_least": 1.5}, ValueError, "at_least must be in"),
     ({"rule": linear(1.0, 0.4, 0.5)}, ValueError, "must not go below at_least=0.5"),
     ({"rule": linear(0.4, 0.9, 0.5)}, ValueError, "must not go below at_least=0.5"),
+    ({"loss": truncate(llama(), rule="focal")}, ValueError, "must be a truncated one, .* got rule='focal'"),
     ({"loss": torch.nn.CrossEntropyLoss()}, TypeError, "loss must be what truncate has returned, got CrossEntropyLoss"),
 ]
 
@@ -347,7 +408,21 @@ def test_checkpoints_go_on_with_the_threshold_of_the_progress(tmp_path):
         return keep, model
 
     whole, model = training(4)
+    assert [log["threshold"] for log in logs_of(whole)] == pytest.approx([1.0, 0.9, 0.8, 0.7])
     rest, again = training(4, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert [log["threshold"] for log in logs_of(rest)] == pytest.approx([0.8, 0.7])
     assert torch.equal(losses(rest), losses(whole)[2:])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_training_that_goes_on_between_two_settings_of_the_threshold(tmp_path):
+    def training(**options):
+        model = llama()
+        loss = truncate(model, 0.9)
+        trainer, keep = trainer_of(model, arguments(tmp_path, steps=4, save_strategy="steps", save_steps=1))
+        attach(trainer, loss, ThresholdSchedule(loss, linear(1.0, 0.6, 0.25), every=2))
+        trainer.train(**options)
+        return [log["threshold"] for log in logs_of(keep)]
+
+    assert training() == pytest.approx([1.0, 1.0, 0.6, 0.6])
+    assert training(resume_from_checkpoint=str(tmp_path / "checkpoint-3")) == pytest.approx([0.6])
