@@ -229,6 +229,9 @@ def of_lm(found: list[Group], folder: Path) -> list[Section]:
     ]
     rest = _of_arms(found, lm.LOSSES)
     ruled = [group for group in figures.main_groups(found) if set(group.arms) & set(lm.RULES)]
+    if ruled:
+        caption = "Rules that choose the threshold: the same ratios to fixed thresholds of the same seeds."
+        tables.append((caption, [row for group in ruled for row in _lm_rules(group)]))
     pictures = {
         "lm.png": (figures.lm, rest),
         "lm-ratios.png": (figures.lm_ratios, rest),
@@ -299,6 +302,21 @@ def _lm_other_ratios(group: Group) -> list[dict]:
             row["text, midpoint"] = group.ratio(arm, baseline, measures.text_fidelity, (texts[0] + texts[-1]) / 2)
         table.append(row)
     return table
+
+
+def _lm_rules(group: Group) -> list[dict]:
+    measured = {
+        "knowledge": (measures.retention(group.config), published.LEVEL / 100),
+        "text": (measures.text_fidelity, -lm.FAILURE),
+    }
+    return [
+        {"setting": group.setting, "arm": arm, "seeds": len(group.arms[arm])}
+        | {
+            f"{name}, to {fixed}": group.ratio(arm, fixed, *measure) if fixed in group.arms else "n/a"
+            for name, measure in measured.items() for fixed in ("TCE 0.7", "TCE 0.9")
+        }
+        for arm in group.arms if arm in lm.RULES
+    ]  # fmt: skip
 
 
 def _lm_stages(group: Group) -> list[dict]:
