@@ -16,6 +16,8 @@ from .. import INTERRUPTED, report
 from ..timing.measure import Inexact
 from . import census, finetune, steps
 
+STEPS = 20  # of fine-tuning
+
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
@@ -28,7 +30,7 @@ def main(arguments: list[str]) -> int:
         "--census", nargs="*", metavar="MODEL", help="classes of models, all of them if none is given, in ten minutes"
     )
     parser.add_argument("--finetune", metavar="MODEL", help="a name on the Hugging Face hub, a folder, or a GGUF file")
-    parser.add_argument("--steps", type=int, default=20, help="of --finetune (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of --finetune (default: %(default)s)")
     args = parser.parse_args(arguments)
     if args.census is not None:
         return take_census(args.census)
@@ -83,7 +85,7 @@ def log_finetuning(name: str, n_steps: int) -> int:
     table = [
         {name: f"{value:.3f}" if isinstance(value, float) else value for name, value in row.items()} for row in rows
     ]
-    report.publish(report.results_path(device, "finetuning.csv", False), heading, rows, table)
+    report.publish(report.results_path(device, "finetuning.csv", n_steps != STEPS), heading, rows, table)
     return 0
 
 

@@ -1,5 +1,6 @@
 """The Trainer of transformers: what truncation does in its log, and thresholds that change as training goes on."""
 
+import math
 from collections.abc import Callable
 
 from transformers import Trainer, TrainerCallback
@@ -59,6 +60,8 @@ class ThresholdSchedule(TrainerCallback):
         if not isinstance(self.rule, linear):
             statistics = self.loss.observed["train"].since("schedule", reduce=True)
         value = self.rule(progress, statistics if statistics and statistics.n_tokens else None)
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"rule must return a finite threshold or None, got {value} at progress {progress}")
         if value is not None:
             self.loss.threshold.fill_(min(max(value, self.at_least), 1.0))
 
@@ -101,7 +104,8 @@ class LogStatistics(TrainerCallback):
             raise RuntimeError(NOT_CALLED)
         prefix = sets[0] if sets else ""
         new = {name: getattr(statistics, name) for name in ("truncated", "confidence", "accuracy")}
-        new["threshold"] = self.loss.threshold.item()
+        if self.loss.rule == "truncated":
+            new["threshold"] = self.loss.threshold.item()
         new = {prefix + name: value for name, value in new.items()} if statistics.n_tokens else {}
         logs.update(new)
         state.log_history[-1].update(new)  # which Trainer has written before it calls anybody

@@ -274,6 +274,22 @@ def test_a_schedule_of_a_plain_loop():
     assert loss.threshold.item() == pytest.approx(max(quantile(0.5)(0.5, statistics), 0.001))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_rule_that_says_no_number(value):
+    schedule = ThresholdSchedule(truncate(llama(), 0.9), lambda progress, statistics: value)
+    with pytest.raises(ValueError, match="rule must return a finite threshold or None, got (nan|inf)"):
+        schedule.step(0.5)
+
+
+def test_focal_loss_has_no_threshold_to_log(tmp_path):
+    model = llama()
+    loss = truncate(model, rule="focal")
+    trainer, keep = trainer_of(model, arguments(tmp_path, steps=1))
+    attach(trainer, loss)
+    trainer.train()
+    assert "confidence" in keep.logs[0] and "threshold" not in keep.logs[0]
+
+
 REFUSED_SCHEDULES = [
     ({"rule": None}, TypeError, "rule must be a function"),
     ({"every": 0}, ValueError, "every must be a positive number of steps, got 0"),
