@@ -41,7 +41,9 @@ def pytest_cmdline_main(config):
     Not here: what is named on the command line, `pytest benchmarks` among it, and what -n says otherwise.
     """
     option = config.option
-    if config.args == ["tests"] and getattr(option, "numprocesses", 0) is None and not WORKER:
+    if config.args == ["tests"] and WORKER:
+        option.loadgroup = True  # pytest-xdist tells its workers only what the command line says
+    elif config.args == ["tests"] and getattr(option, "numprocesses", 0) is None:
         option.numprocesses, option.maxprocesses = "auto", option.maxprocesses or 4
         option.dist = "loadgroup"  # all that compiles kernels goes to one process
         option.benchmark_disable = True  # pytest-benchmark has nothing to do here, and would warn of the others
