@@ -298,7 +298,6 @@ REFUSED_SCHEDULES = [
     ({"at_least": 1.5}, ValueError, "at_least must be in"),
     ({"rule": linear(1.0, 0.4, 0.5)}, ValueError, "must not go below at_least=0.5"),
     ({"rule": linear(0.4, 0.9, 0.5)}, ValueError, "must not go below at_least=0.5"),
-    ({"loss": truncate(llama(), rule="focal")}, ValueError, "must be a truncated one, .* got rule='focal'"),
     ({"loss": torch.nn.CrossEntropyLoss()}, TypeError, "loss must be what truncate has returned, got CrossEntropyLoss"),
 ]
 
@@ -307,6 +306,11 @@ REFUSED_SCHEDULES = [
 def test_schedules_that_make_no_sense(changed, error, text):
     with pytest.raises(error, match=text):
         ThresholdSchedule(**{"loss": truncate(llama(), 0.9), "rule": quantile(0.8)} | changed)
+
+
+def test_focal_loss_has_no_threshold_to_set():
+    with pytest.raises(ValueError, match="must be a truncated one, .* got rule='focal'"):
+        ThresholdSchedule(truncate(llama(), rule="focal"), quantile(0.8))
 
 
 # Traps: what would train without the loss, and say nothing.
