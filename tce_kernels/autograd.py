@@ -104,7 +104,7 @@ def _opened(plain) -> tuple:
     """What an operator was called with besides tensors: its form, backend, and sizes and group, if it has them."""
     of_form, backend, rest = plain[:N_PLAIN], plain[N_PLAIN], plain[N_PLAIN + 1 :]
     sizes, group, entropy = (*rest, *(None, None, False)[len(rest) :])  # PyTorch leaves out what is as by default
-    return form_of(*of_form, entropy), backend, sizes, group
+    return (*of_form, entropy), backend, sizes, group  # numbers as they came: they may be symbolic
 
 
 def flat_rows(rows: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ def _fake_rows(logits: Tensor, target: Tensor, entropy: bool) -> Tensor:
 def row_loss(logits, target, row_scale, param, *plain):
     """Loss (...) and rows (F, ...), from one read of the logits; with a group, of all its ranks' logits."""
     form, backend, sizes, group = _opened(plain)
-    x, flat_scale = rows_of(logits), flat(row_scale)
+    form, x, flat_scale = form_of(*form), rows_of(logits), flat(row_scale)
     row_operations = backend_of(backend, logits)
     shards = None if group is None else Shards(group, sizes)
     if backend == "torch":
@@ -165,7 +165,7 @@ def row_loss(logits, target, row_scale, param, *plain):
 @row_loss.register_fake
 def _(logits, target, row_scale, param, *plain):
     loss = logits.new_empty(target.shape, dtype=compute_dtype(logits.dtype))
-    return loss, _fake_rows(logits, target, _opened(plain)[0].entropy)
+    return loss, _fake_rows(logits, target, _opened(plain)[0][-1])
 
 
 @operator(
@@ -177,7 +177,7 @@ def dlogits(logits, target, row_grad, rows, *plain):
     """Gradient (..., V) for row_grad (...) = upstream gradient * row_scale."""
     form, backend, sizes, group = _opened(plain)
     out = _empty_like(logits)
-    _write_dlogits(logits, target, row_grad, rows, form, backend, sizes, group, out)
+    _write_dlogits(logits, target, row_grad, rows, form_of(*form), backend, sizes, group, out)
     return out
 
 
@@ -205,8 +205,8 @@ def _of_one_process(plain) -> tuple:
 @loss_and_dlogits.register_fake
 def _(logits, target, row_scale, param, *plain):
     loss = logits.new_empty((), dtype=compute_dtype(logits.dtype))
-    form, _ = _of_one_process(plain)
-    return loss, _fake_rows(logits, target, form.entropy), _empty_like(logits)
+    entropy = any(plain[N_PLAIN + 1 :])
+    return loss, _fake_rows(logits, target, entropy), _empty_like(logits)
 
 
 def refuse_tangent(ctx, *_):

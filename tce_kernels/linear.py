@@ -46,7 +46,7 @@ def _opened(plain) -> tuple:
     m = N_PLAIN + len(Chunks._fields)
     rest = plain[m + 3 :]
     *of_ranks, entropy = (*rest, *(False, None, None, False)[len(rest) :])  # PyTorch leaves out what is as by default
-    return form_of(*plain[:N_PLAIN], entropy), Chunks(*plain[N_PLAIN:m]), *plain[m : m + 3], *of_ranks
+    return (*plain[:N_PLAIN], entropy), Chunks(*plain[N_PLAIN:m]), *plain[m : m + 3], *of_ranks
 
 
 def _chunk_size(chunks: Chunks, n_rows: int, head: Head) -> int:
@@ -66,6 +66,7 @@ def linear_loss(input, weight, bias, target, row_scale, param, *plain):
     class_fraction: mean share of the classes that took part in the gradients' matmuls.
     """
     form, chunks, dtype, backend, needs, rows_spread, sizes, group = _opened(plain)
+    form = form_of(*form)
     row_operations = backend_of(backend, input)
     head = Head(input, weight, bias, dtype)
     flat_target, flat_scale = flat(target), flat(row_scale)
@@ -117,7 +118,7 @@ def _linear_loss(head, target, row_scale, param, form, chunks, backend, row_oper
 
 @linear_loss.register_fake
 def _(input, weight, bias, target, row_scale, param, *plain):
-    rows = row_scale.new_empty((n_fields(_opened(plain)[0].entropy), *target.shape))
+    rows = row_scale.new_empty((n_fields(_opened(plain)[0][-1]), *target.shape))
     class_fraction = row_scale.new_empty((), dtype=torch.float32)
     return row_scale.new_empty(target.shape), rows, class_fraction, *_fake_gradients(input, weight, plain)
 
@@ -131,6 +132,7 @@ def _(input, weight, bias, target, row_scale, param, *plain):
 def linear_gradients(input, weight, bias, target, row_grad, rows, *plain):
     """The gradients that are needed, from logits made again, for row_grad (...) = upstream gradient * row_scale."""
     form, chunks, dtype, backend, needs, rows_spread, sizes, group = _opened(plain)
+    form = form_of(*form)
     row_operations = backend_of(backend, input)
     head = Head(input, weight, bias, dtype)
     of_rows = flat(target), flat(row_grad), flat_rows(rows)
