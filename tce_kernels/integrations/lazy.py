@@ -125,7 +125,8 @@ class Recipe:
         return self.made
 
     def read(self) -> Tensor:
-        """The logits, which do not stay if they were not there."""
+        """The logits, which do not stay if they were not there, for who has come past `__torch_function__`."""
+        self.is_followed |= not self.is_written
         if self.base is not None and self.base.is_made and not self._is_alias:
             return self.view(self.base.read())
         return self.compute() if self.made is None else self.made

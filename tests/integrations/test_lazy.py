@@ -93,6 +93,12 @@ class Triple(torch.autograd.Function):
         return grad * 3
 
 
+def below(logits):
+    """A reader in C++, which autograd follows by itself."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return logits * 3
+
+
 WRITTEN_DOWN = {
     "itself": lambda z: z,
     "a slice": lambda z: z[:, :-1],
@@ -151,6 +157,7 @@ MADE = {
     "a function of a softcap": lambda z: Square.apply((z / 3).tanh() * 3),
     "a function that writes down": lambda z: Triple.apply(z),
     "a part of a function's": lambda z: Triple.apply(z)[:, 1:].float() / 3,
+    "a reader in C++": lambda z: below(z) + z,
     "a function of a function": lambda z: Square.apply(Triple.apply(z)),
     "a function's, written to": lambda z: Triple.apply(z).masked_fill_(z > 0, 0.0),
     "a function and values": lambda z: Square.apply(z) + z,
@@ -278,7 +285,7 @@ def test_they_are_made_once(computed):
 
 
 @pytest.mark.parametrize("part", [lambda z: z, lambda z: z[:, 1:]])
-@pytest.mark.parametrize("reader", [Triple.apply, Square.apply])
+@pytest.mark.parametrize("reader", [Triple.apply, Square.apply, below])
 @pytest.mark.parametrize("written", [lambda z: z, lambda z: z[:, 2:]])
 def test_logits_that_are_written_to_behind_a_function_are_refused(part, written, reader):
     _, model = stock_and_lazy()
