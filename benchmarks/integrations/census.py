@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PretrainedConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -135,7 +135,7 @@ def some_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         text["mm_token_type_ids"] = torch.zeros_like(tokens)
     yield text
     if "pixel_values" in known:
-        parts = [model.config, *(part for part in vars(model.config).values() if isinstance(part, PreTrainedConfig))]
+        parts = [model.config, *(part for part in vars(model.config).values() if isinstance(part, PretrainedConfig))]
         size = next((part.image_size for part in parts if hasattr(part, "image_size")), 16)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         image = torch.rand(2, 3, height, width, generator=generator)

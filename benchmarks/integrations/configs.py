@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PretrainedConfig
 
 VOCABULARY = 97
 SIZES = [
@@ -73,7 +73,7 @@ OTHERWISE: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def small_ones(kind: type[PreTrainedConfig]) -> Iterator[PreTrainedConfig]:
+def small_ones(kind: type[PretrainedConfig]) -> Iterator[PretrainedConfig]:
     """Configurations that the class accepts, one after the other; raises what it says if it accepts none."""
     refusal = None
     accepted = False
@@ -89,7 +89,7 @@ def small_ones(kind: type[PreTrainedConfig]) -> Iterator[PreTrainedConfig]:
         raise refusal
 
 
-def small(kind: type[PreTrainedConfig], changes: dict[str, Any]) -> PreTrainedConfig:
+def small(kind: type[PretrainedConfig], changes: dict[str, Any]) -> PretrainedConfig:
     default = vars(kind())
     sizes = {"pad_token_id": 0}
     sizes |= {name: 0.0 for name, value in default.items() if "drop" in name and isinstance(value, float)}
@@ -111,7 +111,7 @@ def small(kind: type[PreTrainedConfig], changes: dict[str, Any]) -> PreTrainedCo
         sizes["layer_types"] = (kinds * n_layers)[:n_layers]
         if default.get("mlp_layer_types"):
             sizes["mlp_layer_types"] = ["sparse"] * n_layers
-    parts = {name: part for name, part in default.items() if isinstance(part, PreTrainedConfig)}
+    parts = {name: part for name, part in default.items() if isinstance(part, PretrainedConfig)}
     return kind(**sizes, **{name: small(type(part), changes) for name, part in parts.items()})
 
 
