@@ -412,8 +412,8 @@ def linear_truncated_cross_entropy(
         target: (...) int32 or int64, in [0, V) or `ignore_index`. A bad target is an IndexError on a CPU; on a GPU its
             loss is NaN, and so is the gradient of the whole weight, which sums over the rows.
         linear_bias: (V,), the dtype of the input, or None.
-        chunk_size: how many rows have their logits in memory at a time. "auto" is 1024 on a CPU; elsewhere rows are
-            split evenly into chunks that are multiples of 1024 rows, of at most 4096 rows or 2^30 bytes of logits,
+        chunk_size: how many rows have their logits in memory at a time. "auto" splits them evenly: on a CPU into
+            multiples of 64 rows, of at most 1024; elsewhere of 1024, of at most 4096 rows or 2^30 bytes of logits,
             whichever is more. Peak memory beyond inputs and gradients is that of 1.5 chunk_size V logits, and up to
             24 MiB on a CPU. Chunks change the order of sums, nothing else.
         accumulate_dtype: of the sums over rows in the gradients of weight and bias, which are rounded once, at the end;

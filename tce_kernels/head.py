@@ -8,19 +8,21 @@ from torch import Tensor
 from .checks import is_autocast
 
 GPU_CHUNK_ROWS, GPU_CHUNK_BYTES = 4096, 2**30
-TILE_ROWS = 1024  # of which the chunks of a GPU are multiples: whole waves of the tiles that its matmuls are cut into
-CPU_CHUNK_ROWS = 1024
+GPU_TILE_ROWS = 1024  # of which chunks are multiples: whole waves of the tiles that a GPU's matmuls are cut into
+CPU_CHUNK_ROWS, CPU_TILE_ROWS = 1024, 64
 
 
 def auto_chunk_size(N: int, V: int, itemsize: int, on_cpu: bool, over_ranks: bool = False) -> int:
-    """Rows per chunk of N rows, for logits of `itemsize` bytes; over ranks at least four, if they are not too small."""
+    """Rows per chunk of N rows, for logits of `itemsize` bytes; no chunk is a sliver."""
     if on_cpu:
-        return CPU_CHUNK_ROWS
-    most = max(GPU_CHUNK_ROWS, GPU_CHUNK_BYTES // (V * itemsize) // TILE_ROWS * TILE_ROWS)
-    if over_ranks:  # what one chunk sends has the work on the next one to hide behind
-        most = min(most, max(-(-N // (4 * TILE_ROWS)), 1) * TILE_ROWS)
+        most, tile = CPU_CHUNK_ROWS, CPU_TILE_ROWS
+    else:
+        tile = GPU_TILE_ROWS
+        most = max(GPU_CHUNK_ROWS, GPU_CHUNK_BYTES // (V * itemsize) // tile * tile)
+        if over_ranks:  # four, if they are not too small: what one sends has the work on the next to hide behind
+            most = min(most, max(-(-N // (4 * tile)), 1) * tile)
     n_chunks = max(-(-N // most), 1)
-    return max(-(-N // (n_chunks * TILE_ROWS)), 1) * TILE_ROWS  # none of which is a sliver
+    return max(-(-N // (n_chunks * tile)), 1) * tile
 
 
 def matmul_dtype(input: Tensor) -> torch.dtype:

@@ -481,14 +481,15 @@ def test_rows_of_a_chunk_on_a_cpu(backend, padding, monkeypatch):
 
 
 def test_chunk_sizes_of_auto():
-    """On a GPU: whole tiles of at most 4096 rows or 1 GiB of logits, and no chunk that is a sliver."""
+    """Whole tiles, on a GPU of at most 4096 rows or 1 GiB of logits, on a CPU of at most 1024 rows; none a sliver."""
     for N, vocabulary, itemsize, rows in [
         (10**5, 32000, 2, 14336), (10**5, 128256, 2, 4096), (10**5, 262144, 4, 4096), (16384, 32000, 2, 16384),
         (8192, 128256, 2, 4096), (8400, 128256, 2, 3072), (17000, 32000, 2, 9216), (500, 32000, 2, 1024),
         (0, 9, 2, 1024),
     ]:  # fmt: skip
         assert head.auto_chunk_size(N, vocabulary, itemsize, on_cpu=False) == rows
-    assert head.auto_chunk_size(10**5, 49152, 4, on_cpu=True) == 1024
+    for N, rows in [(10**5, 1024), (2048, 1024), (1534, 768), (1025, 576), (700, 704), (0, 64)]:
+        assert head.auto_chunk_size(N, 49152, 4, on_cpu=True) == rows
 
 
 @needs_triton
