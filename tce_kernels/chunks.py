@@ -1,7 +1,7 @@
 """The loop of the linear path: chunks of rows, whose logits are in memory only while their gradients are made.
 
 Each chunk goes through one matmul and the loss, which leaves the gradients of its kept rows, and only those, packed at
-the front. They wait there until half a chunk has come together, then take part in the two backward matmuls.
+the front. They wait there until a part of a chunk has come together, then take part in the two backward matmuls.
 """
 
 import itertools
@@ -78,7 +78,9 @@ def through_chunks(
     # Fast matmuls need rows that start at multiples of 16 bytes, and Triton proves wide accesses right from strides
     # that are multiples of 16 elements. PyTorch's row operations would copy rows with gaps between them.
     stride = V if backend == "torch" else -(-V // 16) * 16
-    most_waiting = (chunk_size - 1) // 2 if gradients else 0
+    # A CPU does small matmuls well, and takes long to map memory that nobody has written to.
+    share_waiting = 1 / 4 if head.input.device.type == "cpu" else 1 / 2
+    most_waiting = int(share_waiting * (chunk_size - 1)) if gradients else 0
     n_rows = min(len(rows), chunk_size + most_waiting)
     buffers = [_Buffer(head, n_rows, stride, gradients, most_waiting) for _ in range(n_stages)]
     begun = deque()  # at most one chunk per stage, the oldest first

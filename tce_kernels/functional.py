@@ -414,8 +414,8 @@ def linear_truncated_cross_entropy(
         linear_bias: (V,), the dtype of the input, or None.
         chunk_size: how many rows have their logits in memory at a time. "auto" splits them evenly: on a CPU into
             multiples of 64 rows, of at most 1024; elsewhere of 1024, of at most 4096 rows or 2^30 bytes of logits,
-            whichever is more. Peak memory beyond inputs and gradients is that of 1.5 chunk_size V logits, and up to
-            24 MiB on a CPU. Chunks change the order of sums, nothing else.
+            whichever is more. Peak memory beyond inputs and gradients is that of 1.5 chunk_size V logits, on a CPU
+            of 1.25 and up to 24 MiB. Chunks change the order of sums, nothing else.
         accumulate_dtype: of the sums over rows in the gradients of weight and bias, which are rounded once, at the end;
             never narrower than the matmuls. The sums stay in it inside the matmul where torch and the device can
             (addmm with out_dtype). Where they cannot, as on a CPU, a 16-bit matmul rounds its product for each chunk.

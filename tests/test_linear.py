@@ -221,8 +221,9 @@ def test_work_in_proportion_to_what_is_kept(backend, share, reduction, device, m
     value.sum().backward()
     assert sum(counts["forward"]) == n_valid + (n_kept if reduction == "none" else 0)
     assert sum(counts["backward"]) == n_kept
-    assert all(count >= 8 for count in counts["backward"][:-1])  # never for a sliver of rows, but the last
-    assert all(count < 24 for count in counts["backward"])
+    fewest, most = (4, 20) if device.type == "cpu" else (8, 24)  # never for a sliver of rows, but the last
+    assert all(count >= fewest for count in counts["backward"][:-1])
+    assert all(count < most for count in counts["backward"])
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST])
@@ -439,7 +440,7 @@ def memory_beyond(run):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}])
 def test_memory_is_that_of_a_chunk(options, dtype, share):
-    n_rows, vocabulary, chunk_size = 1500, 24000, 300
+    n_rows, vocabulary, chunk_size = 1800, 24000, 600
     input, weight, _, target = make_linear_inputs(n_rows, 16, vocabulary, dtype, "cpu", confident=share)
     input.requires_grad_(), weight.requires_grad_()
 
@@ -453,7 +454,7 @@ def test_memory_is_that_of_a_chunk(options, dtype, share):
     in_float32 = head.supported(dtype, torch.device("cpu")) != dtype  # no fast 16-bit matmuls: copies of the weight
     logit_bytes = 4 if in_float32 else dtype.itemsize
     copies = weight.numel() * 4 if in_float32 else 0
-    assert beyond - accumulator - copies <= 2 * chunk_size * vocabulary * logit_bytes + 10e6
+    assert beyond - accumulator - copies <= 1.25 * chunk_size * vocabulary * logit_bytes + 10e6
     assert beyond > chunk_size * vocabulary * logit_bytes  # it does see the logits
 
 
