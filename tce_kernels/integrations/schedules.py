@@ -68,7 +68,7 @@ class quantile:
         self.counts = [self.decay * old + new for old, new in zip(self.counts, statistics.histogram, strict=True)]
         up_to = list(accumulate(self.counts, initial=0.0))
         wanted = self.keep * up_to[-1]  # of the same sum, so that it is in some bin whatever the rounding
-        i = bisect_left(up_to, wanted, lo=1)
+        i = bisect_left(up_to, wanted)
         return (i - 1 + (wanted - up_to[i - 1]) / (up_to[i] - up_to[i - 1])) / N_BINS
 
 

@@ -7,6 +7,7 @@ pytest.importorskip("torchtitan", reason="torchtitan is not installed")
 
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss, MSELoss
 
+from tce_kernels.head import Head
 from tce_kernels.integrations.torchtitan import TruncatedLinearLoss
 
 from .tiny import relative
@@ -18,11 +19,11 @@ N = (LABELS != -100).sum()
 
 
 @pytest.mark.parametrize("valid", [None, N, torch.tensor(100.0)])
-@pytest.mark.parametrize("tied", [False, True])
-def test_threshold_one_is_cross_entropy(tied, valid):
-    want, want_gradients, _ = gradients(Model(tied), CrossEntropyLoss.Config(), valid)
-    chunked, chunked_gradients, _ = gradients(Model(tied), ChunkedLossWrapper.Config(num_chunks=8), valid)
-    got, got_gradients, metrics = gradients(Model(tied), TruncatedLinearLoss.Config(threshold=1.0), valid)
+@pytest.mark.parametrize("options", [{}, {"tied": True}, {"bias": True}])
+def test_threshold_one_is_cross_entropy(options, valid):
+    want, want_gradients, _ = gradients(Model(**options), CrossEntropyLoss.Config(), valid)
+    chunked, chunked_gradients, _ = gradients(Model(**options), ChunkedLossWrapper.Config(num_chunks=8), valid)
+    got, got_gradients, metrics = gradients(Model(**options), TruncatedLinearLoss.Config(threshold=1.0), valid)
     assert got == pytest.approx(want, rel=EXACT) and chunked == pytest.approx(want, rel=EXACT)
     assert relative(got_gradients, want_gradients) < EXACT and relative(chunked_gradients, want_gradients) < EXACT
     assert metrics["truncated"] == 0
@@ -43,6 +44,16 @@ def test_truncation_is_that_of_the_definition():
     assert metrics["truncated"].item() == pytest.approx(1 - kept.sum().item() / N.item())
     assert metrics["confidence"].item() == pytest.approx(log_prob.exp()[valid].mean().item(), rel=1e-5)
     assert 0 <= metrics["accuracy"] < 1
+
+
+def test_chunks_are_as_many_as_the_configuration_says(monkeypatch):
+    """Chunks of a share of all tokens, of which the ignored ones make no logits."""
+    write_logits, rows = Head.write_logits, []
+    monkeypatch.setattr(
+        Head, "write_logits", lambda self, some, out: rows.append(len(some)) or write_logits(self, some, out)
+    )
+    gradients(Model(), TruncatedLinearLoss.Config(threshold=1.0, num_chunks=8), N)
+    assert sum(rows) == N and max(rows) == LABELS.numel() // 8
 
 
 def test_what_it_cannot_be():

@@ -16,13 +16,13 @@ LABELS[:, :5] = -100
 
 
 class Model(nn.Module):
-    def __init__(self, tied=False):
+    def __init__(self, tied=False, bias=False):
         torch.manual_seed(0)
         super().__init__()
         self._skip_lm_head = False
         self.embedding = nn.Embedding(V, 32)
         self.layer = nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True)
-        self.lm_head = nn.Linear(32, V, bias=False)
+        self.lm_head = nn.Linear(32, V, bias=bias)
         if tied:
             self.lm_head.weight = self.embedding.weight
 
