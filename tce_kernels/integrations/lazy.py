@@ -65,7 +65,7 @@ class Product:
         if self._now() != self._versions:
             raise RuntimeError(CHANGED)
         _, weight, _ = self.tensors
-        is_away = not weight.is_meta and weight.numel() > 0 and weight.untyped_storage().size() == 0
+        is_away = weight.untyped_storage().size() < weight.nbytes
         if is_away:
             if not hasattr(self.head, "unshard"):
                 raise RuntimeError(TAKEN_AWAY)
@@ -101,6 +101,18 @@ class Recipe:
         names = "product", "hidden", "dtype", "steps", "scale", "softcap", "is_detached"
         return Recipe(**{name: getattr(self, name) for name in names} | changes)
 
+    def layout(self) -> Tensor:
+        """A tensor without values that lies in memory as these logits would."""
+        if self.base is not None:
+            return self.view(self.base.layout())
+        with torch.inference_mode(False):  # where nothing knows of its base
+            return torch.empty((*self.hidden.shape[:-1], len(self.product.tensors[1])), device="meta")
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether they are a view that has been made for a reader, without the memory that it is a view of."""
+        return self.made is not None and self.base is not None and not self._is_alias
+
     @property
     def is_made(self) -> bool:
         return self.made is not None or self.base is not None and self.base.is_made
@@ -114,7 +126,8 @@ class Recipe:
 
     def make(self, to_write: bool = False) -> Tensor:
         """The logits, which stay: what is written to them is there for the next reader."""
-        if self.base is not None and (to_write or self.base.is_made):
+        is_whole = self.base is not None and self.hidden.numel() == self.base.hidden.numel()  # nothing less to make
+        if self.base is not None and (to_write or is_whole or self.base.is_made):
             made = self.base.make(to_write)
             if not self._is_alias:
                 with torch.set_grad_enabled(self.requires_grad):
@@ -155,7 +168,9 @@ class _Connected(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:]
         if ctx.recipe.is_written and ctx.recipe.is_followed:
             raise RuntimeError(FOLLOWED)
-        logits = ctx.recipe.read() if ctx.recipe.is_written else ctx.recipe.compute()  # made ones may have no graph now
+        with torch.enable_grad():
+            # Those that have been made may have no graph any more.
+            logits = ctx.recipe.read() if ctx.recipe.is_written else ctx.recipe.compute()
         wanted = [alias for alias, need in zip(ctx.recipe.product.aliases, needs, strict=True) if need]
         with ctx.recipe.product.at_hand():
             is_differentiated = torch.is_grad_enabled()
@@ -171,8 +186,10 @@ class LazyLogits(Tensor):
 
     @staticmethod
     def __new__(cls, recipe):
-        sizes = (*recipe.hidden.shape[:-1], len(recipe.product.tensors[1]))
-        return Tensor._make_wrapper_subclass(cls, sizes, dtype=recipe.dtype, device=recipe.hidden.device)
+        like = recipe.layout()
+        return Tensor._make_wrapper_subclass(
+            cls, like.shape, like.stride(), like.storage_offset(), dtype=recipe.dtype, device=recipe.hidden.device
+        )
 
     def __init__(self, recipe):
         self.recipe = recipe
@@ -211,15 +228,24 @@ class LazyLogits(Tensor):
                     return func(*args, **kwargs)
             if func in (Tensor.register_hook, Tensor.retain_grad) and recipe.product.is_used:
                 raise RuntimeError(NO_GRADIENT)
-            if func in _WRITTEN_DOWN and args[0].is_lazy:
+            # Transforms would have to know of the autograd.Function.
+            if func in _WRITTEN_DOWN and args[0].is_lazy and not torch._C._are_functorch_transforms_active():
                 recipe.is_followed |= not torch.is_grad_enabled()
                 changed = _WRITTEN_DOWN[func](recipe, func, *args[1:], **kwargs)
                 if changed is not None:
                     return args[0] if changed is recipe else cls.of(changed)
         name = getattr(func, "__name__", str(func))
         to_write = name in _WRITES or name.endswith("_") and not name.endswith("__") or "out" in kwargs
-        args, kwargs = _pytree.tree_map_only(cls, lambda logits: logits._made(name, to_write), (args, kwargs))
-        return func(*args, **kwargs)
+
+        def call(to_write):
+            made = _pytree.tree_map_only(cls, lambda logits: logits._made(name, to_write), (args, kwargs))
+            return func(*made[0], **made[1])
+
+        result = call(to_write)
+        recipes = [leaf.recipe for leaf in _pytree.tree_leaves((args, kwargs)) if isinstance(leaf, cls)]
+        apart = {_memory(recipe.made) for recipe in recipes if recipe.is_apart}
+        # What looks into the memory of a view may be written to later, and has to be a view of its base.
+        return call(True) if apart and apart & {*map(_memory, _pytree.tree_leaves(result))} else result
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -269,24 +295,26 @@ def _call(func, args, kwargs, logits):
 
 
 def _viewed(recipe, func, *args, **kwargs):
-    hidden, n_classes = recipe.hidden, len(recipe.product.tensors[1])
+    hidden, (n_classes, n_features) = recipe.hidden, recipe.product.tensors[1].shape
     if func is Tensor.__getitem__ and type(args[0]) is Tensor:
         return _selected(recipe, *args)
     if any(isinstance(arg, (Tensor, torch.dtype)) for arg in _pytree.tree_leaves((args, kwargs))) or n_classes < 2:
         return None
     with torch.inference_mode(False):  # where nothing knows of its base
-        logits = torch.empty((*hidden.shape[:-1], n_classes), device="meta")
+        logits = recipe.layout()
         seen = func(logits, *args, **kwargs)
-    if seen._base is None and seen is not logits or seen.shape[-1:] != (n_classes,) or seen.stride(-1) != 1:
+    is_copy = seen._base is None and seen is not logits
+    if is_copy and func not in _RESHAPES or seen.shape[-1:] != (n_classes,) or seen.stride(-1) != 1:
         return None
     if any(step % n_classes for step in (seen.storage_offset(), *seen.stride()[:-1])):  # not between whole rows
         return None
     if seen.shape != logits.shape:
-        of_views = func in (Tensor.view, Tensor.reshape, torch.reshape)
-        hidden = hidden.reshape(*seen.shape[:-1], hidden.shape[-1]) if of_views else func(hidden, *args, **kwargs)
-    if hidden.shape[:-1] != seen.shape[:-1] or hidden.shape[-1] != recipe.hidden.shape[-1]:
+        is_shape = func in _RESHAPES or func is Tensor.view
+        hidden = hidden.reshape(*seen.shape[:-1], n_features) if is_shape else func(hidden, *args, **kwargs)
+    if hidden.shape != (*seen.shape[:-1], n_features):
         return None  # a slice of all classes has cut the hidden states
-    return recipe.but(hidden=hidden, base=recipe, view=functools.partial(_call, func, args, kwargs))
+    of_base = {} if is_copy else {"base": recipe, "view": functools.partial(_call, func, args, kwargs)}
+    return recipe.but(hidden=hidden, **of_base)
 
 
 def _selected(recipe, index):
@@ -323,11 +351,16 @@ def _cast(recipe, func, *args, **kwargs):
 
 
 def _copied(recipe, func, **kwargs):
-    return recipe if func is Tensor.contiguous and recipe.base is None else recipe.but()
+    return recipe if func is Tensor.contiguous and recipe.layout().is_contiguous() else recipe.but()
 
 
 def _detached(recipe, func):
     return recipe.but(is_detached=True, base=recipe, view=func)
+
+
+def _memory(value) -> int | None:
+    is_in_memory = isinstance(value, Tensor) and value.layout == torch.strided
+    return value.untyped_storage()._cdata if is_in_memory else None
 
 
 _DIVISIONS = {getattr(owner, name) for owner in (Tensor, torch) for name in ("div", "divide", "true_divide")}
@@ -336,6 +369,7 @@ _CASTS = {
     Tensor.float: torch.float32, Tensor.double: torch.float64, Tensor.half: torch.float16,
     Tensor.bfloat16: torch.bfloat16, Tensor.to: None,
 }  # fmt: skip
+_RESHAPES = {Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten}  # which copy where there is no view
 _WRITTEN_DOWN = {
     func: written_down
     for written_down, funcs in {
@@ -345,20 +379,25 @@ _WRITTEN_DOWN = {
         _copied: {Tensor.clone, torch.clone, Tensor.contiguous},
         _detached: {Tensor.detach, torch.detach},
         _viewed: {
-            Tensor.__getitem__, Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten,
-            Tensor.squeeze, torch.squeeze, Tensor.unsqueeze, torch.unsqueeze, Tensor.narrow, torch.narrow,
+            Tensor.__getitem__, Tensor.view, *_RESHAPES, Tensor.squeeze, torch.squeeze, Tensor.unsqueeze,
+            torch.unsqueeze, Tensor.narrow, torch.narrow,
         },
     }.items()
     for func in funcs
 }  # fmt: skip
-_WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__", "__set__"}
+_WRITES = {
+    "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__", "__set__",
+    # Or hand out memory that anybody may write to.
+    "numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage",
+}  # fmt: skip
 _OF_VALUES = {"T", "mT", "H", "mH", "real", "imag", "data", "__cuda_array_interface__"}
 _QUESTIONS = {  # about the tensor, not about its values
     attribute.__get__
     for name in set(dir(Tensor)) - _OF_VALUES
     if type(attribute := getattr(Tensor, name)).__name__ in ("getset_descriptor", "property")
 } | {
-    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.stride, Tensor.is_contiguous,
-    Tensor.get_device, Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex, torch.is_complex,
-    Tensor.ndimension, torch.numel, Tensor.__len__, Tensor.__hash__, Tensor.is_inference, torch.is_inference,
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.stride, Tensor.storage_offset,
+    Tensor.is_contiguous, Tensor.get_device, Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex,
+    torch.is_complex, Tensor.ndimension, torch.numel, Tensor.__len__, Tensor.__hash__, Tensor.is_inference,
+    torch.is_inference,
 }  # fmt: skip

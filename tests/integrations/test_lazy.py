@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import math
 import pickle
 
 import pytest
@@ -53,6 +54,7 @@ def stock_and_lazy(bias=True):
 
 TOKENS = torch.tensor([[0, 3, 6, 2, 1], [5, 5, 0, 4, 6]])
 MASK = TOKENS > 2
+ENTRIES = torch.arange(B * T * V).view(B, T, V) % 3 == 0
 
 
 def compared(f, **how):
@@ -134,6 +136,10 @@ MADE = {
     "classes by number": lambda z: z[..., torch.tensor([0, 6])],
     "a mask and classes": lambda z: z[MASK, 1:3],
     "a mask of all": lambda z: z[z > 0],
+    "a mask of entries": lambda z: z[ENTRIES],
+    "a mask of rows, and all classes": lambda z: z[MASK, :],
+    "a truth": lambda z: z[torch.tensor(True)],
+    "classes of one row": lambda z: z[0, 2][torch.tensor([1, 3])],
     "rows and classes": lambda z: z[torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([4, 5])],
     "two lists": lambda z: z[[1, 0], [2, 1]],
     "a list": lambda z: z[[1, 0]],
@@ -144,7 +150,8 @@ MADE = {
     "T": lambda z: z[0].T,
     "a negative factor": lambda z: z * -2,
     "a factor of tensors": lambda z: z * torch.tensor(2.0, dtype=z.dtype),
-    "bits": lambda z: z.to(torch.int64).to(z.dtype) + z,
+    "integers": lambda z: z.to(torch.int64).to(z.dtype) + z,
+    "bits": lambda z: z.detach().view(torch.int64) % 3 + z,
     "softmax": lambda z: z.softmax(-1),
     "cross-entropy": lambda z: F.cross_entropy(z.flatten(0, 1), TOKENS.flatten()),
     "concatenation": lambda z: torch.cat([z[:, 1:], z[:, :1]], 1),
@@ -175,13 +182,67 @@ def test_what_models_do_is_written_down(name, bias, computed):
     _, model = stock_and_lazy(bias)
     logits = f(model(TOKENS))
     assert isinstance(logits, LazyLogits) and not computed
-    assert logits.requires_grad and logits.shape == f(model(TOKENS)).sin().shape
+    want = f(stock_and_lazy(bias)[0](TOKENS))
+    for question in (Tensor.size, Tensor.stride, Tensor.storage_offset, Tensor.is_contiguous):
+        assert question(logits) == question(want), question
+    assert logits.requires_grad and not computed
     compared(f, bias=bias)
 
 
 @pytest.mark.parametrize("name", MADE)
 def test_everything_else_gets_the_values(name):
     compared(MADE[name])
+
+
+NOT_TAKEN = {
+    "a negative factor": lambda z: z * -2,
+    "nothing": lambda z: z * 0,
+    "a truth": lambda z: z * True,
+    "an infinite divisor": lambda z: z / math.inf,
+    "no number": lambda z: z * math.nan,
+    "integers": lambda z: z.to(torch.int64),
+    "another device": lambda z: z.to("meta"),
+    "as another tensor": lambda z: z.to(TOKENS),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TAKEN)
+def test_what_a_loss_could_not_take_is_made(name):
+    """Or the recipe would say another scale or dtype than a loss knows of."""
+    f = NOT_TAKEN[name]
+    _, model = stock_and_lazy()
+    made = f(model(TOKENS))
+    assert type(made) is Tensor
+    want = f(model(TOKENS) + 0)
+    assert made.dtype == want.dtype and made.device == want.device and made.shape == want.shape
+
+
+def test_as_many_rows_classes_and_features():
+    """Where a row of one kind looks like that of another."""
+    n = 4
+    head = nn.Linear(n, n, bias=False)
+    head.__class__, head.loss = LazyHead, Loss()
+    hidden = torch.randn(n, n, n)
+    want = F.linear(hidden, head.weight)
+    for f in (
+        lambda z: z[:, :, 0], lambda z: z[0, :, 1], lambda z: z[:, 0], lambda z: z[..., 2:3], lambda z: z.flatten(1),
+        lambda z: z.view(n, -1), lambda z: z.view(-1), lambda z: z.narrow(2, 0, n), lambda z: z.unsqueeze(-1),
+        lambda z: z.squeeze(), lambda z: z[None, ..., None], lambda z: z.reshape(2, 2, n, n),
+    ):  # fmt: skip
+        torch.testing.assert_close(f(head(hidden)) + 0, f(want), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("n_rows, n_classes, n_features", [(1, 1, 1), (1, 1, 3), (1, 3, 1), (3, 1, 1), (2, 3, 1)])
+def test_dimensions_of_one(n_rows, n_classes, n_features):
+    head = nn.Linear(n_features, n_classes)
+    head.__class__, head.loss = LazyHead, Loss()
+    hidden = torch.randn(1, n_rows, n_features)
+    want = F.linear(hidden, head.weight, head.bias)
+    for f in (
+        Tensor.squeeze, lambda z: z.squeeze(-1), lambda z: z.squeeze(0), Tensor.flatten, lambda z: z.unsqueeze(-1),
+        lambda z: z[:, 0], lambda z: z[..., 0], lambda z: z.view(-1), lambda z: z.view(n_rows, n_classes),
+    ):  # fmt: skip
+        torch.testing.assert_close(f(head(hidden)) + 0, f(want), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +272,15 @@ WRITES = {
     "a view": lambda z: z[:, 1:].mul_(3.0),
     "a view of a view": lambda z: z.view(-1, V)[2:4].fill_(1.0),
     "a detached one": lambda z: z.detach()[0].zero_(),
+    "a view of a reader's": lambda z: z[:, 1:].transpose(1, 2).mul_(3.0),
+    "some classes of a view": lambda z: z[:, 1:][..., :3].mul_(3.0),
+    "some classes of a detached one": lambda z: z.detach()[..., 2:].fill_(1.0),
+    "an array": lambda z: z[:, 1:].detach().numpy().fill(2.0),
+    "a contiguous one": lambda z: z.view(-1, V).contiguous().mul_(2.0),
+    "a contiguous copy": lambda z: z[:, 1:].contiguous().mul_(2.0),
+    "a reshaped one": lambda z: z.reshape(-1, V).mul_(2.0),
+    "a reshaped copy": lambda z: z[:, 1:].reshape(-1, V).mul_(2.0),
+    "a view that has been read": lambda z: [part := z[:, 1:], part.exp(), part.transpose(1, 2).mul_(2.0)],
     "in place": lambda z: z.__imul__(2.0),
     "a mask": lambda z: z.masked_fill_(z > 0, 0.0),
     "out": lambda z: torch.mul(z.detach(), 2.0, out=z.detach()),
@@ -230,6 +300,7 @@ def test_what_is_written_is_there(name, reader):
 def test_what_is_written_to_a_copy_is_not():
     def f(z):
         z.clone().zero_()
+        z.to(z.dtype, copy=True).zero_()
         z[MASK].zero_()
         z.float().zero_()
         return z * 1
@@ -237,14 +308,46 @@ def test_what_is_written_to_a_copy_is_not():
     compared(f)
 
 
-def test_views_see_what_their_base_becomes():
+READERS = {
+    "PyTorch": lambda z: z.exp(),
+    "steps": lambda z: z[:, :-1].float() * 2,
+    "a function": Triple.apply,
+    "a function that keeps them": Square.apply,
+    "C++": below,
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_views_see_what_their_base_becomes(name):
     def f(z):
-        part = z[:, 1:]
-        before = part.exp()  # made by itself
+        part, read = z[:, 1:], z[:, 1:]
+        before = read.exp()  # made by itself
         z.mul_(2.0)
-        return before + part
+        assert not (isinstance(part, LazyLogits) and part.is_lazy)
+        torch.testing.assert_close(read.detach() + 0, z[:, 1:].detach() + 0)
+        return before.sum() + READERS[name](part)
 
     compared(f)
+
+
+def test_parts_are_made_alone(computed):
+    """As those who look at the last row want."""
+    _, model = stock_and_lazy()
+    z = model(TOKENS)
+    z[:, -1].argmax(-1)
+    assert [recipe.hidden.shape for recipe in computed] == [(B, D)]
+
+
+def test_functional_transforms_over_them():
+    compared(lambda z: torch.vmap(lambda factor: z[:, 1:] * factor)(torch.arange(1.0, 4.0, dtype=z.dtype)))
+
+
+def test_in_inference_mode():
+    stock, model = stock_and_lazy()
+    with torch.inference_mode():
+        z, want = model(TOKENS), stock(TOKENS)
+        for f in (Tensor.exp, Tensor.sin, lambda z: z[:, 1:].exp(), lambda z: z.mul_(2.0).cos(), lambda z: z[:, 1:]):
+            torch.testing.assert_close(f(z) + 0, f(want) + 0)
 
 
 def test_an_operator_that_writes_below_is_refused():
@@ -273,7 +376,7 @@ def test_no_gradients_where_there_are_none(computed):
     z = model(TOKENS)
     assert not z.detach().requires_grad and z.requires_grad
     model.requires_grad_(False)
-    assert not model(TOKENS).requires_grad
+    assert not model(TOKENS).requires_grad and model(TOKENS).is_lazy
 
 
 def test_they_are_made_once(computed):
