@@ -471,6 +471,37 @@ def test_a_loss_that_is_not_called_in_training_is_warned_of_once():
         model(**inputs).logits.log_softmax(-1)
 
 
+class Writing(transformers.LlamaForCausalLM):
+    """A forward that looks at the logits and changes them, before it calls the loss."""
+
+    def forward(self, input_ids, labels, **kwargs):
+        logits = self.lm_head(self.model(input_ids).last_hidden_state)
+        self.top = logits.argmax(-1)
+        logits[..., 3] = -20.0
+        logits[:, :, 5:].mul_(0.5)
+        return self.loss_function(logits, labels, self.vocab_size)
+
+
+def test_a_forward_that_changes_logits():
+    torch.manual_seed(0)
+    stock = spread(Writing(llama().config))
+    model = copy.deepcopy(stock)
+    truncate(model, 1.0)
+    inputs = batch(stock)
+    found = []
+    for each in (stock, model):
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            loss = each(inputs["input_ids"], inputs["labels"])
+        loss.backward()
+        found.append((loss.item(), {name: parameter.grad for name, parameter in each.named_parameters()}))
+    (want, want_gradients), (got, got_gradients) = found
+    assert got == pytest.approx(want, rel=EXACT) and relative(got_gradients, want_gradients) < EXACT
+    assert torch.equal(model.top, stock.top)
+    ours = [str(warning.message) for warning in warned if "logits" in str(warning.message)]
+    assert len(ours) == 1 and "in memory, made by argmax" in ours[0]  # and not that the loss was gone around
+
+
 def test_experts_keep_their_auxiliary_loss():
     stock, model = mixtral().eval(), mixtral().eval()
     truncate(model, 1e-6)

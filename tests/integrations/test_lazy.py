@@ -538,6 +538,21 @@ def test_nothing_is_lazy_where_others_follow_the_computation():
     assert not isinstance(model(TOKENS), LazyLogits)
 
 
+class Quantised(Tensor):
+    """What a weight may be besides a plain tensor."""
+
+
+def test_weights_that_are_not_plain_are_not_waited_for():
+    for change in (
+        lambda head: setattr(head, "weight", nn.Parameter(head.weight.detach().as_subclass(Quantised))),
+        lambda head: setattr(head.weight, "ds_id", 3),  # DeepSpeed's ZeRO-3 takes them away
+    ):
+        _, model = stock_and_lazy()
+        assert isinstance(model.head(torch.ones(3, D, dtype=torch.float64)), LazyLogits)
+        change(model.head)
+        assert not isinstance(model.head(torch.ones(3, D, dtype=torch.float64)), LazyLogits)
+
+
 def test_empty_and_single():
     _, model = stock_and_lazy()
     z = model(TOKENS[:0])

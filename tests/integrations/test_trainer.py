@@ -169,6 +169,7 @@ def test_logs_of_the_user_are_left_alone(tmp_path):
     class Own(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, **options):
             self.log({"loss": 1.0, "eval_loss": 2.0})
+            self.log({"step_runtime": 1.0})
             return super().compute_loss(model, inputs, return_outputs, **options)
 
     model = llama()
@@ -295,6 +296,9 @@ REFUSED_SCHEDULES = [
     ({"rule": None}, TypeError, "rule must be a function"),
     ({"every": 0}, ValueError, "every must be a positive number of steps, got 0"),
     ({"every": True}, ValueError, "every must be"),
+    ({"every": 1.5}, ValueError, "every must be"),
+    ({"at_least": True}, ValueError, "at_least must be"),
+    ({"at_least": "0.5"}, ValueError, "at_least must be"),
     ({"at_least": 0.0}, ValueError, r"at_least must be in \(0, 1\], got 0.0"),
     ({"at_least": 1.5}, ValueError, "at_least must be in"),
     ({"rule": linear(1.0, 0.4, 0.5)}, ValueError, "must not go below at_least=0.5"),
