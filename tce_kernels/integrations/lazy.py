@@ -65,7 +65,7 @@ class Product:
         if self._now() != self._versions:
             raise RuntimeError(CHANGED)
         _, weight, _ = self.tensors
-        is_away = weight.untyped_storage().size() < weight.nbytes
+        is_away = weight.untyped_storage().size() == 0 < weight.numel()
         if is_away:
             if not hasattr(self.head, "unshard"):
                 raise RuntimeError(TAKEN_AWAY)
@@ -177,6 +177,12 @@ class _Connected(torch.autograd.Function):
             grads = torch.autograd.grad(logits, wanted, grad_logits, retain_graph=True, create_graph=is_differentiated)
         grads = iter(grads)
         return None, *(next(grads) if need else None for need in needs)
+
+
+def _memory(value) -> int | None:
+    """Which memory a tensor lies in; None for what has none of that kind."""
+    is_in_memory = isinstance(value, Tensor) and value.layout == torch.strided
+    return value.untyped_storage()._cdata if is_in_memory else None
 
 
 class LazyLogits(Tensor):
@@ -356,11 +362,6 @@ def _copied(recipe, func, **kwargs):
 
 def _detached(recipe, func):
     return recipe.but(is_detached=True, base=recipe, view=func)
-
-
-def _memory(value) -> int | None:
-    is_in_memory = isinstance(value, Tensor) and value.layout == torch.strided
-    return value.untyped_storage()._cdata if is_in_memory else None
 
 
 _DIVISIONS = {getattr(owner, name) for owner in (Tensor, torch) for name in ("div", "divide", "true_divide")}
