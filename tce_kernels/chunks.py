@@ -79,8 +79,8 @@ def through_chunks(
     # that are multiples of 16 elements. PyTorch's row operations would copy rows with gaps between them.
     stride = V if backend == "torch" else -(-V // 16) * 16
     # A CPU does small matmuls well, and takes long to map memory that nobody has written to.
-    share_waiting = 1 / 4 if head.input.device.type == "cpu" else 1 / 2
-    most_waiting = int(share_waiting * (chunk_size - 1)) if gradients else 0
+    parts = 4 if head.input.device.type == "cpu" else 2
+    most_waiting = (chunk_size - 1) // parts if gradients else 0
     n_rows = min(len(rows), chunk_size + most_waiting)
     buffers = [_Buffer(head, n_rows, stride, gradients, most_waiting) for _ in range(n_stages)]
     begun = deque()  # at most one chunk per stage, the oldest first

@@ -114,7 +114,7 @@ def test_trainer_on_two_processes(tmp_path):
     if "trl" in found:  # where it is installed
         stock, ours = found["trl"]
         for name in stock:
-            assert len(stock[name]) == 2 and ours[name] == pytest.approx(stock[name], rel=1e-5), name
+            assert len(stock[name]) == 2 and ours[name] == pytest.approx(stock[name], rel=EXACT), name
     (logs, threshold, confidence), (other_logs, other_threshold, other_confidence) = found["logs"]
     assert logs == other_logs and threshold == other_threshold and confidence != other_confidence
     assert len(logs) == 2 and logs[0]["threshold"] != logs[1]["threshold"] and 0.1 < logs[0]["truncated"] < 0.9
